@@ -1,0 +1,62 @@
+"""shmsock: a connection is an integer that every process of an application can use."""
+
+from __future__ import annotations
+
+from ._version import VERSION
+from .dispatcher import Dispatcher
+from .engine import NAME as ENGINE
+from .errors import (
+    AlreadyRunningError,
+    ClosedError,
+    DescriptorError,
+    FormatError,
+    OverCrowdedError,
+    PoisonedError,
+    RuntimeNotFoundError,
+    ShmsockError,
+    SocketFailedError,
+    StripeTimeoutError,
+    TableFullError,
+)
+from .layout import (
+    INVALID_SOCKET_ID,
+    KIND_NAMES,
+    SOCKET_DTYPE,
+    Status,
+    format_socket_id,
+    parse_socket_id,
+)
+from .runtime import ProcessInfo, Runtime, clean, current
+from .segment import check_name, names_on_machine
+from .socket import SocketRef
+
+__version__ = VERSION
+
+__all__ = [
+    "ENGINE",
+    "INVALID_SOCKET_ID",
+    "KIND_NAMES",
+    "SOCKET_DTYPE",
+    "AlreadyRunningError",
+    "ClosedError",
+    "DescriptorError",
+    "Dispatcher",
+    "FormatError",
+    "OverCrowdedError",
+    "PoisonedError",
+    "ProcessInfo",
+    "Runtime",
+    "RuntimeNotFoundError",
+    "ShmsockError",
+    "SocketFailedError",
+    "SocketRef",
+    "Status",
+    "StripeTimeoutError",
+    "TableFullError",
+    "check_name",
+    "clean",
+    "current",
+    "format_socket_id",
+    "names_on_machine",
+    "parse_socket_id",
+]

@@ -1,0 +1,729 @@
+"""The reference engine: taking a stripe, the transitions of a slot, and counted references.
+
+What is true is stored once, by one absolute store: version, ``state``, ``retired``, ``owner``,
+``writer``, ``held``. What is derived is recounted: nref is stored as ``additional + count(held)``
+at the end of every transition, never added to. So whoever finds a stripe half-changed (recovery.py)
+stores the same formula again, from any half-done state, as often as it likes.
+
+Taking a stripe (DESIGN 5), process p, stripe s:
+
+    take   g = generation(ctl[s])                     give   post the semaphore
+           claims[p,s] = (g, WANT)                           claims[p,s] = 0
+           trywait; contended: claims[p,s] = 0, sleep, again
+           claims[p,s] = (g, OWN)
+           generation(ctl[s]) == g, my row LIVE ? inside : claims[p,s] = 0, again
+
+A semaphore has no owner, and a process killed inside ``acquire`` often has the token and has told
+nobody. So nobody ever asks who has it: the claims say who *may* be inside, and a stripe at which
+somebody died is given a new semaphore. Nobody sleeps inside the semaphore either: ``acquire(0)``,
+and a nap outside.
+
+One process-local lock makes the process one thread here. It is dropped between tries, so that a
+thread that naps stops nobody, and it is held from the last look at the count to give.
+
+    INVARIANT: count[slot] > 0  =>  held[slot, me] == 1, so the slot is not recycled and its version
+               is v or v + 1. Reading it is all that a second reference costs.
+
+The count of a slot is the set of serial numbers of the live reference objects. A set, because it
+makes taking a reference away idempotent: an exception between two bytecodes can then lose nothing
+and take nothing twice, as whoever drops the object repeats it.
+
+An exception inside the stripe (KeyboardInterrupt, ``PyThreadState_SetAsyncExc``) leaves the claim
+BROKEN: "as if dead, for this stripe". Any waiter may then retire the stripe, and we do so ourselves
+before anything else. A finaliser or signal handler may run inside, so it only appends to a deque.
+
+These plain stores rely on x86-64 keeping them in order.
+"""
+
+from __future__ import annotations
+
+import collections
+import collections.abc
+import dataclasses
+import itertools
+import logging
+import operator
+import threading
+import time
+import typing
+
+import posix_ipc
+
+from .errors import ClosedError, PoisonedError, StripeTimeoutError, TableFullError
+from .layout import (
+    BROKEN,
+    FREE,
+    HEADER_INDEX,
+    LIVE,
+    OWN,
+    RECYCLING,
+    SLOT_BITS,
+    SLOT_MASK,
+    WANT,
+    Status,
+    recycled_version,
+)
+from .segment import Cells, Segment, Semaphores
+
+NAME = "py"
+
+log = logging.getLogger("shmsock")
+
+STRIPE_TIMEOUT_S = 10.0
+_LOOK_AFTER_S = 0.05  # a stripe contended for this long may be stuck: look for the dead
+_NAP_S = (20e-6, 1e-3)
+
+# What a transition did, as bits.
+NOTHING, DONE, RECYCLED = 0, 1, 2
+_CONTENDED = -1
+
+Body = collections.abc.Callable[[int, typing.Any], int]
+_SLOT_END = 1 << 63
+_POISONED = HEADER_INDEX["poisoned"]
+
+
+@dataclasses.dataclass
+class NewSocket:
+    """What ``create`` stores about a socket."""
+
+    owner: int = 0
+    inode: int = 0
+    kind: int = 0
+    peer: bytes = b""
+    user_data: bytes = b""
+    slot: int = -1  # filled in: where it went
+
+
+def attached(cells: Cells, slot: int, processes: int) -> int:
+    """How many processes are attached to a slot."""
+    begin = slot * processes
+    return bytes(cells.held[begin : begin + processes]).count(1)
+
+
+def settle(cells: Cells, slot: int, processes: int) -> int:
+    """Store nref by the formula, and recycle the slot if it is 0; its stripe is taken.
+
+    INVARIANT: nref = additional + attached, additional = version even and not retired.
+    """
+    version = cells.versioned_ref[slot] >> SLOT_BITS
+    additional = not version & 1 and not cells.retired[slot]
+    nref = additional + attached(cells, slot, processes)
+    cells.versioned_ref[slot] = version << SLOT_BITS | nref
+    if nref:
+        return DONE
+    recycle(cells, slot)
+    return DONE | RECYCLED
+
+
+def recycle(cells: Cells, slot: int) -> None:
+    """End a life: the version moves to the next even number and the slot is FREE again.
+
+    ORDER: RECYCLING first, FREE last; a slot found RECYCLING is finished by calling this again.
+    A released socket goes through the odd version before ``retired`` is cleared, so that "even and
+    retired" means *not begun* and "even and not retired" means *moved on*: no life is skipped.
+    CRASH(recycle): any prefix is finished by recount.
+    """
+    cells.state[slot] = RECYCLING
+    version = cells.versioned_ref[slot] >> SLOT_BITS
+    if not version & 1 and cells.retired[slot]:
+        version += 1
+        cells.versioned_ref[slot] = version << SLOT_BITS
+    cells.retired[slot] = 0
+    if version & 1:
+        cells.versioned_ref[slot] = recycled_version(version) << SLOT_BITS
+    cells.owner[slot] = 0
+    cells.writer[slot] = 0
+    cells.busy[slot] = 0
+    cells.inode[slot] = 0
+    cells.state[slot] = FREE
+
+
+class Reference:
+    """A counted hold on a socket: closed by ``close``, by ``with``, or by being dropped; once."""
+
+    __slots__ = ("__weakref__", "_engine", "_serial", "id")
+
+    _engine: Engine
+    _serial: int
+    id: int
+
+    def __init__(self, engine: Engine, sid: int, serial: int) -> None:
+        """Made by ``Engine.address`` alone."""
+        self._engine = engine
+        self._serial = serial
+        self.id = sid
+
+    @property
+    def failed(self) -> bool:
+        """Whether the socket has failed: one read of shared memory."""
+        sid = self.id
+        try:
+            vref = self._engine.cells.versioned_ref[sid & SLOT_MASK]
+        except AttributeError:  # the runtime was closed under the reference
+            return True
+        return vref >> SLOT_BITS != sid >> SLOT_BITS
+
+    @property
+    def closed(self) -> bool:
+        """Whether this reference was given back."""
+        return not self._serial
+
+    def add_reference(self) -> typing.Self:
+        """Take one more reference; works on a failed socket too.
+
+        Raises:
+            ClosedError: This one was closed.
+        """
+        return typing.cast(typing.Self, self._engine.add_reference(self))
+
+    def close(self) -> None:
+        """Give the reference back. Again does nothing."""
+        serial = self._serial
+        if serial:
+            self._engine.dereference(self.id, serial)
+            self._serial = 0
+
+    def __enter__(self) -> typing.Self:
+        """The reference itself."""
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Close it."""
+        self.close()
+
+    def __del__(self) -> None:
+        """Close it if nobody did; may run inside a stripe, so it never waits."""
+        serial = getattr(self, "_serial", 0)
+        if serial:
+            self._engine.dropped_reference(self.id, serial)
+
+    def __repr__(self) -> str:
+        """For logs."""
+        state = "closed" if not self._serial else "failed" if self.failed else "live"
+        return f"<{type(self).__name__} sk-{self.id >> SLOT_BITS:x}-{self.id & SLOT_MASK} {state}>"
+
+
+class Engine:
+    """One process's hands on the slot table."""
+
+    def __init__(
+        self,
+        segment: Segment,
+        semaphores: Semaphores,
+        index: int,
+        epoch: int,
+        reference_type: type[Reference],
+    ) -> None:
+        """For the process that registered row ``index`` at ``epoch``."""
+        self.segment = segment
+        self.cells = segment.cells
+        self.semaphores = semaphores
+        self.index = index
+        self.word = epoch << 16 | index
+        self.closed = False
+        self.foreign = False  # a forked child's inherited engine: references are inert
+        self.lock = threading.Lock()
+        # Called without the lock: a stripe may be stuck; a slot was let go of for the last time.
+        self.repair: collections.abc.Callable[[int], None] = lambda stripe: None
+        self.let_go: collections.abc.Callable[[int, bool], None] = lambda sid, recycled: None
+        # What this process's references can do beyond counting (socket.py).
+        self.io: typing.Any = None
+        # Ids whose cached descriptor waits for the count to reach 0 (descriptors.py).
+        self.marked: set[int] = set()
+        self._slots = segment.layout.slots
+        self._processes = segment.layout.processes
+        self._stripes = segment.layout.stripes
+        self._block = segment.layout.block
+        self._row_word = epoch << 8 | LIVE
+        self._claims_at = index * self._stripes
+        self._next_stripe = index * 7
+        self._holds: dict[int, set[int]] = {}
+        self._serials = itertools.count(1)
+        self._dropped: collections.deque[tuple[int, int]] = collections.deque()
+        self._draining = False
+        self._reference_type = reference_type
+
+    # -- taking a stripe ------------------------------------------------------------------------
+
+    def run(
+        self,
+        stripe: int,
+        body: Body,
+        slot: int,
+        argument: typing.Any = None,
+        *,
+        quick: Body | None = None,
+        patience_s: float = STRIPE_TIMEOUT_S,
+    ) -> int:
+        """Run a transition inside a stripe.
+
+        Args:
+            stripe: Which.
+            body: Called with ``slot`` and ``argument`` inside; stores, and returns bits.
+            slot: Passed on; for attach and detach also what an exception lets go of.
+            argument: Passed on.
+            quick: Called under the local lock before every try; if it returns a number other than
+                0 that is the result and the stripe is not needed after all.
+            patience_s: How long to wait for the stripe.
+
+        Raises:
+            StripeTimeoutError: A live process sits in the stripe.
+            ClosedError: We left, or were taken for dead.
+            PoisonedError: The segment failed its audit.
+
+        Concurrency: naps between tries, without the local lock; never waits inside.
+        If killed: the claim says where; recovery retires the stripe and recounts its block.
+        """
+        nap_s = _NAP_S[0]
+        started = looked = 0.0
+        while True:
+            with self.lock:
+                if quick is not None:
+                    result = quick(slot, argument)
+                    if result:
+                        return result
+                result = self._attempt(stripe, body, slot, argument)
+            if result != _CONTENDED:
+                if self._dropped:
+                    self.drain()
+                return result
+            now = time.monotonic()
+            started = started or now
+            looked = looked or now
+            if now - looked >= _LOOK_AFTER_S or self.cells.claims[self._claims_at + stripe]:
+                self.repair(stripe)
+                looked = time.monotonic()
+            if now - started >= patience_s:
+                raise StripeTimeoutError(self._blockers(stripe, now - started))
+            time.sleep(nap_s)
+            nap_s = min(2 * nap_s, _NAP_S[1])
+
+    def _attempt(self, stripe: int, body: Body, slot: int, argument: typing.Any) -> int:
+        """Try once to take the stripe and run ``body``; the local lock is held."""
+        cells = self.cells
+        claims = cells.claims
+        mine = self._claims_at + stripe
+        self._check_participation()
+        if claims[mine]:
+            # An exception left it. WANT is never stored over it: that would hide the break.
+            claims[mine] = claims[mine] | BROKEN
+            return _CONTENDED
+        generation = cells.ctl[stripe] >> 2
+        semaphore = self.semaphores.get(stripe, generation)
+        if semaphore is None:  # retired between the two lines
+            return _CONTENDED
+        try:
+            claims[mine] = generation << 2 | WANT
+            try:
+                semaphore.acquire(0)
+            except posix_ipc.BusyError:
+                claims[mine] = 0
+                return _CONTENDED
+            # ORDER: OWN before the generation; pairs with the barrier in recovery.retire, which
+            # makes this store visible to whoever stored the next generation before us reading it.
+            claims[mine] = generation << 2 | OWN
+            if cells.ctl[stripe] >> 2 != generation:
+                claims[mine] = 0  # retired meanwhile: the token is worthless, never post it
+                return _CONTENDED
+            if cells.row_state[self.index] != self._row_word:
+                # Fenced, with a good token: post it, or the stripe would be stuck with no claim.
+                semaphore.release()
+                claims[mine] = 0
+                return self._check_participation()
+            result = body(slot, argument)
+            # ORDER: post, then clear. The other way round a kill between would leave a taken token
+            # that no claim speaks of.
+            semaphore.release()
+            claims[mine] = 0
+        except BaseException:
+            self._break(mine, generation, body, slot)
+            raise
+        return result
+
+    def _break(self, mine: int, generation: int, body: Body, slot: int) -> None:
+        """After an exception between WANT and give: say so in one store; recount does the rest.
+
+        ORDER: held and count first. A second exception here leaves WANT or OWN, which the next
+        ``_attempt`` turns into BROKEN.
+        """
+        if not self.cells.claims[mine]:
+            return
+        if body in (self._attach, self._detach):
+            self.cells.held[slot * self._processes + self.index] = 0
+            self._holds.pop(slot, None)
+        self.cells.claims[mine] = generation << 2 | BROKEN
+
+    def _check_participation(self) -> int:
+        if self.segment.header[_POISONED]:
+            raise PoisonedError(
+                f"runtime {self.segment.name!r} failed its audit: restart its supervisor"
+            )
+        if self.closed or self.cells.row_state[self.index] != self._row_word:
+            raise ClosedError(
+                f"this process is no participant of runtime {self.segment.name!r} any more: "
+                "Runtime.attach again"
+            )
+        return 0
+
+    def _blockers(self, stripe: int, waited_s: float) -> str:
+        names = {WANT: "WANT", OWN: "OWN", BROKEN: "BROKEN"}
+        found = []
+        for index in range(self._processes):
+            claim = self.cells.claims[index * self._stripes + stripe]
+            if claim and index != self.index:
+                pid = self.cells.row_pid[index]
+                found.append(f"process {index} (pid {pid}) claims {names[claim & 3]}")
+        who = ", ".join(found) or "no process claims it"
+        return f"stripe {stripe} could not be taken in {waited_s:.1f} s: {who}"
+
+    # -- the life of a slot ---------------------------------------------------------------------
+
+    def create(self, new: NewSocket) -> int:
+        """Put a socket into a free slot.
+
+        Returns:
+            Its SocketId, LIVE, with the additional reference.
+
+        Raises:
+            TableFullError: There is no free slot.
+
+        If killed: before ``state`` is LIVE nothing has happened; after, the socket is the owner's.
+        """
+        self._next_stripe += 1
+        for turn in range(self._stripes):
+            stripe = (self._next_stripe + turn) % self._stripes
+            if self._find_free(stripe) < 0:
+                continue
+            try:
+                if self.run(stripe, self._create, stripe, new):
+                    version = self.cells.versioned_ref[new.slot] >> SLOT_BITS
+                    return version << SLOT_BITS | new.slot
+            except BaseException:
+                self._abandon_creation(new)
+                raise
+        raise TableFullError(
+            f"all {self._slots} slots are in use: raise `slots` of Runtime.create "
+            "(or --slots of `shmsock serve`), or close connections"
+        )
+
+    def _find_free(self, stripe: int) -> int:
+        begin = stripe * self._block
+        states = bytes(self.cells.state[begin : begin + self._block])
+        hint = self.cells.hint[stripe] % self._block
+        found = states.find(FREE, hint)
+        return found if found >= 0 else states.find(FREE, 0, hint)
+
+    def _create(self, stripe: int, new: NewSocket) -> int:
+        found = self._find_free(stripe)
+        if found < 0:
+            return NOTHING
+        slot = stripe * self._block + found
+        cells, columns = self.cells, self.segment.columns
+        now_ns = time.monotonic_ns()
+        cells.retired[slot] = cells.busy[slot] = cells.selector[slot] = 0
+        cells.error_code[slot] = cells.writer[slot] = 0
+        cells.kind[slot] = new.kind
+        cells.inode[slot] = new.inode
+        cells.created_ns[slot] = now_ns
+        cells.read_ns[slot] = cells.written_ns[slot] = 0
+        cells.bytes_in[slot] = cells.messages_in[slot] = 0
+        cells.bytes_out[slot] = cells.messages_out[slot] = 0
+        columns.error_text[slot] = b""
+        columns.peer[slot] = new.peer
+        columns.user_data[slot, 0] = new.user_data
+        cells.owner[slot] = new.owner
+        version = cells.versioned_ref[slot] >> SLOT_BITS
+        cells.versioned_ref[slot] = version << SLOT_BITS | 1
+        new.slot = slot
+        cells.state[slot] = LIVE  # ORDER: last; before it the slot is as free as it was
+        cells.hint[stripe] = found + 1
+        return DONE
+
+    def _abandon_creation(self, new: NewSocket) -> None:
+        """An exception took the new id from its caller: nobody else will ever end that socket."""
+        slot = new.slot
+        if slot >= 0 and self.cells.state[slot] == LIVE and self.cells.owner[slot] == new.owner:
+            version = self.cells.versioned_ref[slot] >> SLOT_BITS
+            self.set_failed(version << SLOT_BITS | slot, 0, "creation was interrupted")
+
+    def _slot_of(self, sid: int) -> int:
+        """The slot that a well-formed id names, or -1."""
+        if not 0 < sid < _SLOT_END or sid >> SLOT_BITS & 1:
+            return -1
+        slot = sid & SLOT_MASK
+        return slot if slot < self._slots else -1
+
+    def status(self, sid: int) -> Status:
+        """What an id names now; takes nothing."""
+        sid = operator.index(sid)
+        slot = self._slot_of(sid)
+        if slot >= 0 and self.cells.state[slot] == LIVE:
+            version = self.cells.versioned_ref[slot] >> SLOT_BITS
+            if version == sid >> SLOT_BITS:
+                return Status.LIVE
+            if version == (sid >> SLOT_BITS) + 1:
+                return Status.FAILED
+        return Status.GONE
+
+    def set_failed(self, sid: int, code: int, text: str) -> int:
+        """Fail a socket: DONE for the one winner, RECYCLED if nobody held it any more."""
+        slot = self._slot_of(sid)
+        if slot < 0 or self.cells.versioned_ref[slot] >> SLOT_BITS != sid >> SLOT_BITS:
+            return NOTHING
+        raw = text.encode("utf-8", "replace")[: self.segment.columns.error_text.itemsize]
+        return self.run(slot // self._block, self._set_failed, slot, (sid, code, raw))
+
+    def _set_failed(self, slot: int, argument: tuple[int, int, bytes]) -> int:
+        sid, code, raw = argument
+        if not self._is_live(slot, sid):
+            return NOTHING
+        # ORDER: error before version; a reader that sees the odd version finds the error (brpc
+        # stores it after, and its readers map 0 to a default).
+        self.cells.error_code[slot] = code
+        self.segment.columns.error_text[slot] = raw
+        version = (sid >> SLOT_BITS) + 1
+        nref = self.cells.versioned_ref[slot] & SLOT_MASK
+        self.cells.versioned_ref[slot] = version << SLOT_BITS | nref
+        return settle(self.cells, slot, self._processes)
+
+    def release_additional_reference(self, sid: int) -> int:
+        """Let the socket end when the last one lets go of it; addressable until then."""
+        slot = self._slot_of(sid)
+        if slot < 0 or self.cells.versioned_ref[slot] >> SLOT_BITS != sid >> SLOT_BITS:
+            return NOTHING
+        return self.run(slot // self._block, self._release, slot, sid)
+
+    def _release(self, slot: int, sid: int) -> int:
+        if not self._is_live(slot, sid) or self.cells.retired[slot]:
+            return NOTHING
+        self.cells.retired[slot] = 1
+        return settle(self.cells, slot, self._processes)
+
+    def _is_live(self, slot: int, sid: int) -> bool:
+        version = self.cells.versioned_ref[slot] >> SLOT_BITS
+        return self.cells.state[slot] == LIVE and version == sid >> SLOT_BITS
+
+    # -- writer, owner, application data --------------------------------------------------------
+
+    def take_turn(self, sid: int) -> int:
+        """Take the write turn: DONE if it is ours, else NOTHING; a failed socket has none."""
+        slot = sid & SLOT_MASK
+        return self.run(slot // self._block, self._take_turn, slot, sid)
+
+    def _take_turn(self, slot: int, sid: int) -> int:
+        if not self._is_live(slot, sid) or self.cells.writer[slot]:
+            return NOTHING
+        self.cells.writer[slot] = self.word
+        return DONE
+
+    def give_turn(self, sid: int) -> int:
+        """Give the write turn back; whose socket has failed meanwhile needs not."""
+        slot = sid & SLOT_MASK
+        return self.run(slot // self._block, self._give_turn, slot, sid)
+
+    def _give_turn(self, slot: int, sid: int) -> int:
+        if not self._is_live(slot, sid) or self.cells.writer[slot] != self.word:
+            return NOTHING
+        self.cells.writer[slot] = 0
+        return DONE
+
+    def change_owner(self, sid: int, expected: int, owner: int) -> int:
+        """Store a new owner if ``expected`` is the present one and the socket is not busy."""
+        slot = sid & SLOT_MASK
+        return self.run(slot // self._block, self._change_owner, slot, (sid, expected, owner))
+
+    def _change_owner(self, slot: int, argument: tuple[int, int, int]) -> int:
+        sid, expected, owner = argument
+        cells = self.cells
+        if not self._is_live(slot, sid) or cells.owner[slot] != expected or cells.busy[slot]:
+            return NOTHING
+        cells.owner[slot] = owner
+        return DONE
+
+    def set_user_data(self, sid: int, data: bytes) -> int:
+        """Fill the idle buffer of application data and flip the selector."""
+        slot = sid & SLOT_MASK
+        return self.run(slot // self._block, self._set_user_data, slot, (sid, data))
+
+    def _set_user_data(self, slot: int, argument: tuple[int, bytes]) -> int:
+        sid, data = argument
+        if not self._is_live(slot, sid):
+            return NOTHING
+        idle = 1 - (self.cells.selector[slot] & 1)
+        self.segment.columns.user_data[slot, idle] = data
+        self.cells.selector[slot] = idle
+        return DONE
+
+    # -- references -----------------------------------------------------------------------------
+
+    def address(self, sid: int, failed_too: bool = False) -> Reference | None:
+        """Take a reference on a socket, or None once it has failed (or, failed_too, is gone).
+
+        The version is looked at *before* anything is counted, so the transient +1 of brpc's
+        wait-free Address does not exist, nor the races that come with it.
+
+        Concurrency: with a reference in this process already, one read of shared memory under the
+            local lock; else the stripe is taken, and may be waited for.
+        If killed: ``held`` says that this process was attached; it is zeroed when it is reaped.
+        """
+        if sid.__class__ is not int:
+            sid = operator.index(sid)
+        slot = sid & SLOT_MASK
+        if slot >= self._slots or not 0 < sid < _SLOT_END:
+            return None
+        version = sid >> SLOT_BITS
+        seen = self.cells.versioned_ref[slot] >> SLOT_BITS
+        if (seen != version and not (failed_too and seen == version + 1)) or version & 1:
+            return None
+        if self.closed:
+            self._check_participation()
+        serial = next(self._serials)
+        reference = self._reference_type(self, sid, serial)
+        argument = (serial, version, failed_too)
+        with self.lock:
+            result = self._attach_again(slot, argument)
+        if not result:
+            stripe = slot // self._block
+            result = self.run(stripe, self._attach, slot, argument, quick=self._attach_again)
+        if result == DONE:
+            return reference
+        reference._serial = 0
+        return None
+
+    def _attach_again(self, slot: int, argument: tuple[int, int, bool]) -> int:
+        """Count one more reference of an attached process: 0 if it is not attached."""
+        serials = self._holds.get(slot)
+        if not serials:
+            return NOTHING
+        serial, version, failed_too = argument
+        seen = self.cells.versioned_ref[slot] >> SLOT_BITS
+        if seen != version and not (failed_too and seen == version + 1):
+            return RECYCLED  # an older life than the one we hold: gone
+        serials.add(serial)
+        return DONE
+
+    def _attach(self, slot: int, argument: tuple[int, int, bool]) -> int:
+        serial, version, failed_too = argument
+        cells = self.cells
+        seen = cells.versioned_ref[slot] >> SLOT_BITS
+        if cells.state[slot] != LIVE:
+            return NOTHING
+        if seen != version and not (failed_too and seen == version + 1):
+            return NOTHING
+        cells.held[slot * self._processes + self.index] = 1
+        result = settle(cells, slot, self._processes)
+        self._holds[slot] = {serial}
+        return result
+
+    def add_reference(self, reference: Reference) -> Reference:
+        """One more reference beside one that is held: needs no look at the version."""
+        sid = reference.id
+        another = self._reference_type(self, sid, next(self._serials))
+        with self.lock:
+            serials = self._holds.get(sid & SLOT_MASK)
+            if serials is not None and reference._serial in serials:
+                serials.add(another._serial)
+                return another
+        another._serial = 0
+        raise ClosedError("the reference is closed: address the socket again")
+
+    def dereference(self, sid: int, serial: int) -> None:
+        """Give one reference back; the last one detaches this process, and may recycle the slot.
+
+        Never raises for a stripe that cannot be had: the rest is then done by the next caller or
+        the service thread.
+        """
+        if self.foreign or self.closed:
+            return
+        slot = sid & SLOT_MASK
+        with self.lock:
+            result = self._detach_one(slot, serial)
+        if not result:
+            stripe = slot // self._block
+            try:
+                result = self.run(stripe, self._detach, slot, serial, quick=self._detach_one)
+            except StripeTimeoutError as error:
+                log.warning("a reference is given back later: %s", error)
+                self._dropped.append((sid, serial))
+                return
+            except (ClosedError, PoisonedError):
+                return
+        self._after_detach(sid, result)
+
+    def _detach_one(self, slot: int, serial: int) -> int:
+        """Take one serial away if it is not the last: 0 if it is."""
+        serials = self._holds.get(slot)
+        if serials is None or serial not in serials:
+            return DONE
+        if len(serials) == 1:
+            return NOTHING
+        serials.discard(serial)
+        return DONE
+
+    def _detach(self, slot: int, serial: int) -> int:
+        self._holds.pop(slot, None)
+        self.cells.held[slot * self._processes + self.index] = 0
+        return settle(self.cells, slot, self._processes) | 4
+
+    def _after_detach(self, sid: int, result: int) -> None:
+        if result & 4 and (result & RECYCLED or sid in self.marked):
+            self.let_go(sid, bool(result & RECYCLED))
+
+    def dropped_reference(self, sid: int, serial: int) -> None:
+        """From a finaliser, which may run inside a stripe or the local lock: never wait.
+
+        The lock is not reentrant, so having it at once means that nobody of us is inside.
+        """
+        if self.foreign or self.closed:
+            return
+        self._dropped.append((sid, serial))
+        if not self.lock.acquire(blocking=False):
+            return
+        try:
+            slot = sid & SLOT_MASK
+            result = self._detach_one(slot, serial)
+            if not result:
+                result = self._attempt(slot // self._block, self._detach, slot, serial)
+                if result == _CONTENDED:
+                    return
+            self._dropped.remove((sid, serial))
+        except (ClosedError, PoisonedError):
+            return
+        finally:
+            self.lock.release()
+        self._after_detach(sid, result)
+
+    def drain(self) -> None:
+        """Give back what finalisers and signal handlers could not.
+
+        Repeating an item is harmless, so it leaves the deque only once it is done.
+        """
+        if self._draining:  # our own dereference came back here
+            return
+        self._draining = True
+        try:
+            for _ in range(len(self._dropped)):
+                item = self._dropped[0]
+                self.dereference(*item)
+                self._dropped.remove(item)
+        except (IndexError, ValueError):
+            pass  # another thread drained it meanwhile
+        finally:
+            self._draining = False
+
+    def count(self, slot: int) -> int:
+        """How many references this process has on a slot; the local lock should be held."""
+        serials = self._holds.get(slot)
+        return len(serials) if serials else 0
+
+    def detach_all(self) -> None:
+        """Let go of every slot, whatever references exist: they are inert from here on."""
+        for slot, serials in list(self._holds.items()):
+            version = self.cells.versioned_ref[slot] >> SLOT_BITS & ~1
+            for serial in list(serials):
+                self.dereference(version << SLOT_BITS | slot, serial)
+
+    def held_slots(self) -> list[int]:
+        """The slots this process is attached to."""
+        return [slot for slot, serials in list(self._holds.items()) if serials]
+

@@ -1,0 +1,440 @@
+"""A process's descriptors: an integer is shared, a descriptor is not.
+
+The cache is keyed by SocketId, never by slot, and an entry is no reference.
+
+    INVARIANT: data goes through a number only while its thread holds a reference to the id;
+               shutdown and close may use it without one, under the local lock.
+    INVARIANT: a number is closed only at count 0 and out of every epoll, popped under the local
+               lock first. With count > 0 the entry is marked, and the thread that takes the count
+               to 0 pops it. Hang-up, moved version, timer and bound all obey this, or one client's
+               bytes reach another.
+
+A missing descriptor is fetched from the host at first use, over a connection of its own that one
+thread has for one exchange: a fetch waits for the host alone, also in a dispatcher's callback.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import contextlib
+import errno
+import functools
+import logging
+import os
+import resource
+import select
+import socket
+import time
+
+import numpy as np
+
+from . import channel
+from .engine import Engine
+from .errors import DescriptorError
+from .layout import KIND_NAMES, SLOT_BITS, SLOT_MASK
+from .segment import Segment
+from .service import Service
+from .store import Store, shut_down
+
+log = logging.getLogger("shmsock")
+
+FETCH_TIMEOUT_S = 5.0
+
+
+class Entry:
+    """One cached descriptor.
+
+    Attributes:
+        sock: The number, wrapped without asking the kernel what it is.
+        used: When it was last used, as a tick of the cache.
+        pollers: The epolls it is registered in, which must forget it before it is closed.
+    """
+
+    __slots__ = ("fd", "pollers", "put", "sid", "sock", "used")
+
+    def __init__(self, sid: int, sock: socket.socket) -> None:
+        """A fresh entry, in no epoll."""
+        self.sid = sid
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.used = 0
+        self.pollers: list[collections.abc.Callable[[int], None]] = []
+        self.put = False  # whether the host has it, if it should
+
+
+def wrap(fd: int) -> socket.socket:
+    """A socket object over a number; no system call: family and type are not asked for."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
+    if socket.getdefaulttimeout() is not None:  # a process-wide default would make calls wait
+        sock.settimeout(0)
+    return sock
+
+
+def kind_of(sock: socket.socket) -> int:
+    """The number of a socket's kind, as stored in its slot."""
+    with contextlib.suppress(OSError):
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return KIND_NAMES.index("listener")
+    if sock.family == socket.AF_UNIX:
+        return KIND_NAMES.index("unix")
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        name = "tcp" if sock.type == socket.SOCK_STREAM else "udp"
+        return KIND_NAMES.index(name)
+    return 0
+
+
+def peer_of(sock: socket.socket) -> str:
+    """Who is at the other end, for people."""
+    try:
+        name = sock.getpeername()
+    except OSError:
+        return ""
+    if isinstance(name, tuple):
+        host, port = str(name[0]), name[1]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    text = name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
+    return f"unix:{text.lstrip(chr(0)) or '-'}"
+
+
+class Descriptors:
+    """The cache, the way to the host, and what failing does to a descriptor."""
+
+    def __init__(self, segment: Segment, engine: Engine, service: Service, epoch: int) -> None:
+        """Nothing is connected until something is needed."""
+        self.store: Store | None = None  # in the host
+        # Called in the service loop with the ids of arrivals, whose descriptors are cached by then.
+        self.on_arrival: collections.abc.Callable[[list[int]], None] | None = None
+        # Called in the service loop when a socket whose descriptor was cached has ended.
+        self.on_hang_up: collections.abc.Callable[[int], None] | None = None
+        self._segment = segment
+        self._cells = segment.cells
+        self._engine = engine
+        self._service = service
+        self._hello = (segment.inode, engine.index, epoch)
+        self._entries: dict[int, Entry] = {}
+        self._ticks = 0
+        self._limit = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+        self._idle_fetchers: list[socket.socket] = []
+        self._link: channel.Link | None = None
+        self._connecting = False
+        engine.let_go = self._let_go
+
+    # -- using a descriptor ---------------------------------------------------------------------
+
+    def get(self, sid: int) -> Entry:
+        """The cached entry of an id, fetched at first use; the caller holds a reference.
+
+        Raises:
+            DescriptorError: The host does not answer, or this process is out of descriptors.
+            LookupError: The socket has failed meanwhile.
+        """
+        entry = self._entries.get(sid)
+        if entry is None:
+            self.fetch([sid])
+            entry = self._entries.get(sid)
+            if entry is None:
+                raise LookupError(sid)
+        self._ticks += 1
+        entry.used = self._ticks
+        return entry
+
+    def peek(self, sid: int) -> Entry | None:
+        """The cached entry, if there is one."""
+        return self._entries.get(sid)
+
+    def keep(self, sid: int, sock: socket.socket) -> Entry:
+        """Cache a socket object; the one that is there already is kept instead."""
+        if len(self._entries) >= self._limit:
+            self._evict()
+        entry = self._entries.setdefault(sid, Entry(sid, sock))
+        if entry.sock is not sock:
+            sock.close()
+        return entry
+
+    def watch_hang_up(self, entry: Entry) -> None:
+        """Notice in the service loop when an idle duplicate's connection ends."""
+        sid = entry.sid
+        self._service.watch(entry.fd, select.EPOLLET, lambda _: self._hung_up(sid))
+        entry.pollers.append(self._service.unwatch)
+        self._service.ensure()
+
+    def _hung_up(self, sid: int) -> None:
+        slot = sid & SLOT_MASK
+        if self._cells.versioned_ref[slot] >> SLOT_BITS != sid >> SLOT_BITS:
+            self._moved_on(sid)
+
+    def _moved_on(self, sid: int) -> None:
+        """The socket failed or was recycled: close its number when that may be, and say so."""
+        self.discard(sid)
+        if self.on_hang_up is not None:
+            self.on_hang_up(sid)
+
+    # -- fetching -------------------------------------------------------------------------------
+
+    def fetch(self, sids: collections.abc.Iterable[int]) -> None:
+        """Get the descriptors of these ids from the host, those that are not cached yet.
+
+        Ids that failed meanwhile are left out. The caller holds references, or does not mind that
+        an entry may be swept again before it is used.
+
+        Raises:
+            DescriptorError: The host did not answer in time, or a limit was reached.
+        """
+        missing = [sid for sid in sids if sid not in self._entries]
+        for begin in range(0, len(missing), channel.MAX_IDS):
+            self._fetch(missing[begin : begin + channel.MAX_IDS])
+
+    def _fetch(self, sids: list[int]) -> None:
+        if self.store is not None:
+            for sid in sids:
+                try:
+                    fd = self.store.duplicate(sid)
+                except OSError as error:
+                    raise DescriptorError(f"no descriptor for the socket: {error}") from error
+                if fd >= 0:
+                    self._arrived(sid, fd)
+            return
+        deadline = time.monotonic() + FETCH_TIMEOUT_S
+        while True:
+            # An idle connection may be one that an earlier host closed: then try a new one.
+            reused = bool(self._idle_fetchers)
+            try:
+                self._exchange(sids, deadline)
+                return
+            except (OSError, channel.BadMessageError) as error:
+                if not reused or time.monotonic() >= deadline:
+                    raise DescriptorError(
+                        f"the host of runtime {self._segment.name!r} gave no descriptor: {error}; "
+                        "see `shmsock ps` whether it runs"
+                    ) from error
+            sids = [sid for sid in sids if sid not in self._entries]
+
+    def _exchange(self, sids: list[int], deadline: float) -> None:
+        try:
+            sock = self._idle_fetchers.pop()
+        except IndexError:
+            sock = self._connect(1)
+        try:
+            channel.send(sock, channel.GET, sids, flags=0)
+            wanted = set(sids)
+            while wanted:
+                sock.settimeout(max(0.001, deadline - time.monotonic()))
+                message = channel.receive(sock, 0)
+                if message is None:
+                    raise ConnectionError("the host hung up")
+                wanted.difference_update(message.ids)
+                for sid, fd in zip(message.ids, message.descriptors, strict=False):
+                    self._arrived(sid, fd)
+                if message.type == channel.GOT and len(message.descriptors) < len(message.ids):
+                    raise DescriptorError(
+                        "this process is out of descriptors: raise its open-files limit (ulimit -n)"
+                    )
+        except BaseException:
+            sock.close()  # an answer that comes late must not meet the next question
+            raise
+        self._idle_fetchers.append(sock)
+
+    def _connect(self, purpose: int) -> socket.socket:
+        """Connect to the host and say who we are."""
+        address = self._segment.control_address()
+        if not address:
+            raise ConnectionError("there is no host")
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            sock.settimeout(FETCH_TIMEOUT_S)
+            sock.connect(address)
+            if channel.peer_uid(sock) != os.geteuid():
+                raise PermissionError(errno.EPERM, "the host is another user's", address)
+            channel.send(sock, channel.HELLO, self._hello, code=purpose, flags=0)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def _arrived(self, sid: int, fd: int) -> None:
+        """Cache a received descriptor if it is what its slot says."""
+        if os.fstat(fd).st_ino != self._cells.inode[sid & SLOT_MASK]:
+            os.close(fd)  # the slot has moved on between the host's look and ours
+            return
+        entry = self.keep(sid, wrap(fd))
+        entry.put = True
+        if not entry.pollers:
+            self.watch_hang_up(entry)
+
+    # -- ending a descriptor --------------------------------------------------------------------
+
+    def discard(self, sid: int) -> None:
+        """Close a cached descriptor, now or when the count reaches 0."""
+        slot = sid & SLOT_MASK
+        with self._engine.lock:
+            entry = self._entries.get(sid)
+            if entry is None:
+                return
+            version = self._cells.versioned_ref[slot] >> SLOT_BITS
+            if self._engine.count(slot) and version & ~1 == sid >> SLOT_BITS:
+                self._engine.marked.add(sid)
+                return
+            del self._entries[sid]
+            self._engine.marked.discard(sid)
+        self._close(entry)
+        # A consumer or a queue that waits for an event of this number waits in vain.
+        if entry.pollers and self.on_hang_up is not None:
+            self._service.call_soon(functools.partial(self.on_hang_up, sid))
+
+    def _close(self, entry: Entry) -> None:
+        for forget in entry.pollers:
+            forget(entry.fd)
+        entry.sock.close()
+
+    def _let_go(self, sid: int, recycled: bool) -> None:
+        """The engine's count of an id reached 0 while it was marked, or it recycled the slot.
+
+        Whoever recycles shuts down: a graceful close must reach the peer while idle duplicates
+        linger elsewhere. The host lets its own go at once when it is told.
+        """
+        if recycled:
+            self.shut_down(sid)
+        self.discard(sid)
+
+    def shut_down(self, sid: int) -> None:
+        """End the connection for everybody, and tell the host, which closes its duplicate."""
+        with self._engine.lock:
+            entry = self._entries.get(sid)
+            if entry is not None:
+                shut_down(entry.sock)
+        store = self.store
+        if store is not None:
+            self._service.call_soon(lambda: store.drop(sid))
+        else:
+            self._tell_failed(sid)
+
+    def _tell_failed(self, sid: int) -> None:
+        """Hint to the host; a hint that is lost costs one sweep's delay."""
+        link = self._link
+        if link is not None and not link.closed:
+            self._service.call_soon(functools.partial(link.tell, channel.FAILED, [sid]))
+            return
+        with contextlib.suppress(OSError):
+            sock = self._idle_fetchers.pop() if self._idle_fetchers else self._connect(1)
+            channel.send(sock, channel.FAILED, [sid])
+            self._idle_fetchers.append(sock)
+
+    def _evict(self) -> None:
+        """Over the bound: close the least recently used that nobody is using."""
+        with self._engine.lock:
+            idle = [
+                entry
+                for sid, entry in self._entries.items()
+                if entry.put and not self._engine.count(sid & SLOT_MASK)
+                and self._cells.owner[sid & SLOT_MASK] != self._engine.word
+            ]
+            idle.sort(key=lambda entry: entry.used)
+            evicted = idle[: max(1, len(self._entries) // 10)]
+            for entry in evicted:
+                del self._entries[entry.sid]
+        for entry in evicted:
+            self._close(entry)
+
+    def sweep(self) -> None:
+        """Close the cached descriptors whose sockets failed or moved on."""
+        entries = list(self._entries)
+        if not entries:
+            return
+        ids = np.array(entries, "u8")
+        shift = np.uint64(SLOT_BITS)
+        versions = self._segment.columns.versioned_ref[ids & np.uint64(SLOT_MASK)] >> shift
+        for sid in ids[versions != ids >> shift].tolist():
+            self._moved_on(sid)
+
+    # -- the process's channel ------------------------------------------------------------------
+
+    def put(self, sid: int) -> None:
+        """Give the host a duplicate; tried again by the timer until it is acknowledged."""
+        if self.store is not None:
+            entry = self._entries[sid]
+            entry.put = True
+            self.store.keep(sid, wrap(os.dup(entry.fd)))
+        else:
+            self._service.call_soon(lambda: self._put([sid]))
+            self._service.ensure()
+
+    def _put(self, sids: list[int]) -> None:
+        link = self.connect()
+        if link is not None:
+            link.tell(channel.PUT, sids)
+
+    def connect(self) -> channel.Link | None:
+        """The channel to the host, in the service loop; None while there is no host."""
+        if self.store is not None:
+            return None
+        if self._link is None or self._link.closed:
+            try:
+                sock = self._connect(0)
+            except OSError:
+                return None
+            sock.setblocking(False)
+            service = self._service
+            self._link = channel.Link(
+                sock, service.watch, service.unwatch, self._fd_of, self._hear, lambda _: None
+            )
+            mine = [sid for sid, entry in self._entries.items() if not entry.put]
+            if mine:
+                self._link.tell(channel.PUT, mine)
+        return self._link
+
+    def tick(self) -> None:
+        """Once a second, in the service loop."""
+        self.sweep()
+        if self.store is not None:
+            self.store.sweep()
+        elif self._link is not None:
+            link = self.connect()
+            late = [sid for sid, entry in list(self._entries.items()) if not entry.put]
+            if link is not None and late:
+                link.tell(channel.PUT, late)
+            elif link is not None:
+                link.flush()
+
+    def _fd_of(self, sid: int) -> int:
+        entry = self._entries.get(sid)
+        return entry.fd if entry is not None else -1
+
+    def _hear(self, link: channel.Link, message: channel.Message) -> None:
+        if message.type == channel.PUT_OK:
+            for sid in message.ids:
+                entry = self._entries.get(sid)
+                if entry is not None:
+                    entry.put = True
+        elif message.type == channel.PASS:
+            self._receive_passed(link, message)
+        else:
+            channel.close_all(message.descriptors)
+
+    def _receive_passed(self, link: channel.Link, message: channel.Message) -> None:
+        arrived = []
+        for sid, fd in zip(message.ids, message.descriptors, strict=False):
+            if os.fstat(fd).st_ino != self._cells.inode[sid & SLOT_MASK]:
+                os.close(fd)
+                continue
+            self.keep(sid, wrap(fd)).put = True
+            arrived.append(sid)
+        refused = message.ids[len(message.descriptors) :]
+        if refused:  # EMFILE: the data arrives without its descriptor
+            link.tell(channel.PASS_NO, refused, errno.EMFILE)
+        if self.on_arrival is not None:
+            self.on_arrival(arrived)
+
+    def close(self) -> None:
+        """Close the channel and every cached descriptor; nothing is shut down."""
+        if self._link is not None:
+            self._link.close()
+        self.forget()
+
+    def forget(self) -> None:
+        """Close every number and touch no epoll; for a forked child, and at the end."""
+        if self._link is not None:
+            self._link.sock.close()
+        while self._idle_fetchers:
+            self._idle_fetchers.pop().close()
+        while self._entries:
+            self._entries.popitem()[1].sock.close()

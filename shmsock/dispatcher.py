@@ -1,0 +1,242 @@
+"""One epoll loop a process: tells consumers that their sockets can be read.
+
+Edge-triggered, events coalesced, one handler at a time for a socket, which reads until EAGAIN.
+Hang-ups and errors are hints; recv tells.
+
+The kernel facts that shape it: an epoll set holds open file descriptions, not numbers, and ours are
+shared with other processes. A number that is closed while it is registered stays in the set as long
+as any duplicate lives anywhere, goes on reporting, and can no longer be removed. So whoever closes
+a number takes it out of every set first (``Entry.pollers``), and a batch of events is translated to
+SocketIds before the first callback runs, because that callback may close and reuse numbers.
+
+A consumer is no reference: the dispatcher addresses once per event, and what no longer addresses
+has ended.
+"""
+
+from __future__ import annotations
+
+import collections
+import collections.abc
+import errno
+import logging
+import select
+import typing
+
+from .layout import format_socket_id
+from .service import Timer
+from .socket import SocketRef
+
+if typing.TYPE_CHECKING:
+    from .runtime import Runtime
+
+log = logging.getLogger("shmsock")
+
+Callback = collections.abc.Callable[[SocketRef], typing.Any]
+OnFailed = collections.abc.Callable[[int, int, str], object]
+
+_EVENTS = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
+_BATCH = 128
+
+
+class Consumer(typing.NamedTuple):
+    """Who wants to know about one socket."""
+
+    sid: int
+    fd: int
+    callback: Callback
+    on_failed: OnFailed | None
+
+
+class Dispatcher:
+    """Dispatches one process's sockets; its own ``fileno`` can be polled, so it nests."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        """One a runtime and process.
+
+        Raises:
+            ValueError: The runtime has one already.
+        """
+        self._runtime = runtime
+        self._service = runtime._adopt_dispatcher(self)
+        self._epoll = select.epoll()
+        self._epoll.register(self._service.epoll.fileno(), select.EPOLLIN)
+        self._service_fd = self._service.epoll.fileno()
+        self._consumers: dict[int, Consumer] = {}
+        self._by_fd: dict[int, Consumer | collections.abc.Callable[[], object]] = {}
+        self._again: collections.deque[Consumer] = collections.deque()
+        self._arrived: collections.abc.Callable[[list[int]], object] | None = None
+        self._stopping = False
+
+    def fileno(self) -> int:
+        """The epoll's number: readable when ``run_once(0)`` would do something."""
+        return self._epoll.fileno()
+
+    def __len__(self) -> int:
+        """How many consumers there are."""
+        return len(self._consumers)
+
+    # -- consumers ------------------------------------------------------------------------------
+
+    def add_consumer(
+        self, sid: int, callback: Callback, on_failed: OnFailed | None = None
+    ) -> bool:
+        """Watch a socket that this process owns.
+
+        Args:
+            sid: The socket.
+            callback: Called with a reference, closed when it returns, after something arrived: read
+                until BlockingIOError, or return True to be called again in the next round.
+            on_failed: Called once with id, code and text after the socket has ended for any
+                reason other than ``remove_consumer``.
+
+        Returns:
+            False if the socket has failed.
+
+        Raises:
+            DescriptorError: The host gave no descriptor.
+            ValueError: The socket has a consumer here.
+        """
+        if sid in self._consumers:
+            raise ValueError(f"{format_socket_id(sid)} has a consumer already")
+        reference = self._runtime.address(sid)
+        if reference is None:
+            return False
+        with reference:
+            entry = reference._io.entry(reference)
+            consumer = Consumer(sid, entry.fd, callback, on_failed)
+            self._consumers[sid] = consumer
+            self._by_fd[entry.fd] = consumer
+            entry.pollers.append(self._forget)
+            self._epoll.register(entry.fd, _EVENTS)
+        return True
+
+    def remove_consumer(self, sid: int) -> bool:
+        """Stop watching a socket; returns whether it was watched."""
+        consumer = self._consumers.pop(sid, None)
+        if consumer is None:
+            return False
+        entry = self._runtime._descriptors.peek(sid)
+        if entry is not None and self._forget in entry.pollers:
+            entry.pollers.remove(self._forget)
+            self._forget(entry.fd)
+        return True
+
+    def _forget(self, fd: int) -> None:
+        """Take a number out of the set; called before it is closed."""
+        if self._by_fd.pop(fd, None) is not None and not self._epoll.closed:
+            self._epoll.unregister(fd)
+
+    def consumers(self) -> list[int]:
+        """The ids that are watched."""
+        return list(self._consumers)
+
+    def on_arrival(self, callback: collections.abc.Callable[[list[int]], object]) -> None:
+        """Call ``callback(ids)`` with sockets that another process has made ours to read."""
+        self._arrived = callback
+        self._service.call_soon(self._runtime._descriptors.connect)
+
+    # -- other descriptors ----------------------------------------------------------------------
+
+    def add_reader(self, fd: int, callback: collections.abc.Callable[[], object]) -> None:
+        """Call ``callback`` while ``fd`` is readable; level-triggered: listeners, pidfds, pipes."""
+        self._by_fd[fd] = callback
+        self._epoll.register(fd, select.EPOLLIN)
+
+    def remove_reader(self, fd: int) -> None:
+        """Stop watching ``fd``; always before it is closed."""
+        if self._by_fd.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def call_soon(self, call: collections.abc.Callable[[], object]) -> None:
+        """Make a call in the loop; from any thread, and from signal handlers."""
+        self._service.call_soon(call)
+
+    def call_later(self, delay_s: float, call: collections.abc.Callable[[], object]) -> Timer:
+        """Make a call in the loop after a delay."""
+        return self._service.call_later(delay_s, call)
+
+    # -- the loop -------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Dispatch until ``stop``; the service thread's work is done here meanwhile."""
+        self._stopping = False
+        self._service.adopt()
+        try:
+            while not self._stopping:
+                self.run_once(-1.0)
+        finally:
+            self._service.release()
+
+    def stop(self) -> None:
+        """Let ``run`` return after the batch it is at; from any thread or signal handler."""
+        self._stopping = True
+        self._service.wake()
+
+    def run_once(self, timeout_s: float) -> None:
+        """Wait at most ``timeout_s`` (-1: for ever) and dispatch one batch."""
+        due_s = 0.0 if self._again else self._service.delay_s()
+        if due_s >= 0 and (timeout_s < 0 or due_s < timeout_s):
+            timeout_s = due_s
+        events = self._epoll.poll(timeout_s, _BATCH)
+        batch = [self._by_fd.get(fd) for fd, _ in events]
+        again, self._again = self._again, collections.deque()
+        for target in batch:
+            if isinstance(target, Consumer):
+                self._dispatch(target)
+            elif target is not None:
+                self._call(target)
+        for consumer in again:
+            self._dispatch(consumer)
+        if any(fd == self._service_fd for fd, _ in events):
+            self._service.run_once(0)
+        else:
+            self._service.run_due()
+
+    def _dispatch(self, consumer: Consumer) -> None:
+        sid = consumer.sid
+        if self._consumers.get(sid) is not consumer:
+            return
+        try:
+            reference = self._runtime.address(sid)
+            if reference is None:
+                self._ended(sid)
+                return
+            with reference:
+                if consumer.callback(reference):
+                    self._again.append(consumer)
+        except Exception as error:
+            log.exception("a consumer raised; %s is failed", format_socket_id(sid))
+            self._runtime.set_failed(sid, errno.EIO, f"a consumer raised {type(error).__name__}")
+
+    def _call(self, callback: collections.abc.Callable[[], object]) -> None:
+        try:
+            callback()
+        except Exception:
+            log.exception("a reader's callback raised; the loop goes on")
+
+    def _ended(self, sid: int) -> None:
+        """A watched socket failed or was recycled."""
+        consumer = self._consumers.get(sid)
+        if consumer is None:
+            return
+        code, text = self._runtime._io.error_of(sid)
+        self.remove_consumer(sid)
+        self._runtime._descriptors.discard(sid)
+        if consumer.on_failed is not None:
+            consumer.on_failed(sid, code, text)
+
+    def close(self) -> None:
+        """Stop watching everything; what is watched stays open."""
+        for sid in list(self._consumers):
+            self.remove_consumer(sid)
+        self._by_fd.clear()
+        self._epoll.close()
+        self._runtime._adopt_dispatcher(None)
+
+    def _close_in_child(self) -> None:
+        """In a forked child: close the epoll, and never EPOLL_CTL_DEL: it is the parent's too."""
+        self._epoll.close()
+        self._by_fd.clear()
+        self._consumers.clear()
+
+

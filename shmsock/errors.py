@@ -1,0 +1,85 @@
+"""What can go wrong, and what the caller should do about it.
+
+    ShmsockError
+    ├── FormatError             the segment is not ours, or of another layout: nothing was touched
+    ├── RuntimeNotFoundError    no runtime of that name: start one
+    ├── AlreadyRunningError     a runtime of that name is alive: attach to it, or take another name
+    ├── TableFullError          no free slot or process row: raise the option it names
+    ├── StripeTimeoutError      a live process sits on a stripe (also a TimeoutError)
+    ├── SocketFailedError       the socket has failed; carries the winner's code and text
+    ├── OverCrowdedError        the peer reads too slowly: too much is queued for it here
+    ├── DescriptorError         the socket is alive but its descriptor could not be had
+    ├── ClosedError             this process has left the runtime, or was taken for dead
+    └── PoisonedError           the segment failed its audit: start a new runtime
+
+A stale SocketId is none of these: ``address`` returns None. The kernel's refusals stay OSError.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+class ShmsockError(Exception):
+    """Base of everything shmsock raises itself."""
+
+
+class FormatError(ShmsockError):
+    """The segment is foreign, truncated or of another layout; the message names the field."""
+
+
+class RuntimeNotFoundError(ShmsockError):
+    """No runtime of that name exists on this machine."""
+
+
+class InTransitionError(RuntimeNotFoundError):
+    """It is just being created, replaced or removed: ``attach`` tries again for a second."""
+
+
+class AlreadyRunningError(ShmsockError):
+    """A runtime of that name is alive; the message names its processes."""
+
+
+class TableFullError(ShmsockError):
+    """No free slot, or no free process row; the message names the option to raise."""
+
+
+class StripeTimeoutError(ShmsockError, TimeoutError):
+    """A stripe could not be taken; the message names stripe, process, claim and how long."""
+
+
+class SocketFailedError(ShmsockError):
+    """The socket has failed: drop the reference.
+
+    Attributes:
+        code: The errno that ``set_failed`` was given.
+        text: Its text.
+    """
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(code, text)
+        self.code = code
+        self.text = text
+
+    def __str__(self) -> str:
+        name = os.strerror(self.code) if self.code else "closed"
+        return f"{self.text or name} (error {self.code})"
+
+
+class OverCrowdedError(ShmsockError):
+    """More than ``max_unwritten_bytes`` wait here for this peer; nothing of the message is sent.
+
+    Wait with ``wait_writable``, or give the client up with ``set_failed``.
+    """
+
+
+class DescriptorError(ShmsockError):
+    """The socket's descriptor could not be fetched from the host in time; try again, or fail it."""
+
+
+class ClosedError(ShmsockError):
+    """This process is not (or no longer) a participant: attach anew."""
+
+
+class PoisonedError(ShmsockError):
+    """The segment failed an audit beyond repair; the supervisor must start a new one."""

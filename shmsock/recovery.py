@@ -1,0 +1,371 @@
+"""Repair: retiring a stripe, recounting its slots, reaping the dead, auditing the table.
+
+Rare, so Python only, over both engines. Everything here is done under the arbiter, a kernel lock
+that dies with its holder, and stores absolute values alone: a repairer may be killed anywhere, and
+the next one starts over.
+
+    retire(s)   1 fetch the spare semaphore of generation g+1, value 0
+                2 ctl = (g+1, CLOSED)
+                3 barrier: every OWN that was stored before its owner read g is visible now
+                4 unlink the old semaphore's name
+                5 wait while a *live* process claims OWN with <= g
+                6 freeze the set {dead, BROKEN}; recount the block
+                7 ctl = (g+1, OPENING); post the new semaphore once
+                8 zero exactly the frozen set's claims; ctl = (g+1, OPEN)
+
+Found CLOSED (not posted, for sure) it is resumed at 3; found OPENING (perhaps posted) the stripe is
+retired again, from 1. A wrong suspicion costs one semaphore and nothing else.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import contextlib
+import errno
+import logging
+import time
+
+import numpy as np
+
+from .engine import Engine, recycle, settle
+from .errors import ClosedError, PoisonedError, StripeTimeoutError
+from .layout import (
+    BROKEN,
+    CLOSED,
+    FREE,
+    LIVE,
+    OPEN,
+    OPENING,
+    OWN,
+    REAPING,
+    RECYCLING,
+    SLOT_BITS,
+    SLOT_MASK,
+)
+from .processes import ARBITER, Processes, barrier
+from .segment import Segment, Semaphores
+
+log = logging.getLogger("shmsock")
+
+DRAIN_TIMEOUT_S = 1.0
+_PATIENCE_S = 0.1  # for an ordinary take while reaping; after that the stripe is retired
+
+
+class Recovery:
+    """Repair as one process does it, participant or not.
+
+    Attributes:
+        counters: How often each kind of repair was done by this process.
+    """
+
+    def __init__(
+        self,
+        segment: Segment,
+        processes: Processes,
+        semaphores: Semaphores,
+        engine: Engine | None = None,
+    ) -> None:
+        """Without an engine (a reader of the table) every stripe is retired instead of taken."""
+        self._segment = segment
+        self._cells = segment.cells
+        self._columns = segment.columns
+        self._layout = segment.layout
+        self._processes = processes
+        self._semaphores = semaphores
+        self._engine = engine
+        self._blocked: dict[int, float] = {}
+        self.counters = {"retired": 0, "recounted": 0, "reaped": 0}
+
+    # -- when to repair -------------------------------------------------------------------------
+
+    def look(self, stripe: int | None = None) -> bool:
+        """Repair what needs it: the dead, and stripes that are broken or were left half retired.
+
+        Args:
+            stripe: One stripe that seems stuck; None looks at all of them.
+
+        Returns:
+            False when somebody else holds the arbiter, so is at it.
+
+        Concurrency: called without the local lock; may wait up to a second for a live process
+            that sits in a stripe under repair.
+        If killed: the arbiter is free again and ctl, claims and row states say what is unfinished.
+        """
+        stripes = range(self._layout.stripes) if stripe is None else (stripe,)
+        if not self._processes.dead() and not any(map(self._needs_retirement, stripes)):
+            return True
+        with self._processes.lock_file.exclusive(ARBITER, timeout_s=0) as arbiter:
+            if not arbiter:
+                return False
+            for index in self._processes.dead():
+                self.reap(index)
+            for each in stripes:
+                if self._needs_retirement(each):
+                    self.retire(each)
+        return True
+
+    def _needs_retirement(self, stripe: int) -> bool:
+        if self._cells.ctl[stripe] & 3 != OPEN:
+            # A blocker named less than a second ago is only looked at again.
+            return time.monotonic() - self._blocked.get(stripe, -1e9) >= DRAIN_TIMEOUT_S or bool(
+                not self._live_owners(stripe, self._cells.ctl[stripe] >> 2)
+            )
+        return bool(((self._columns.claims[:, stripe] & 3) == BROKEN).any())
+
+    def arbitrated(self, timeout_s: float) -> contextlib.AbstractContextManager[bool]:
+        """Hold the arbiter; yields whether it was had in time."""
+        return self._processes.lock_file.exclusive(ARBITER, timeout_s)
+
+    # -- retirement -----------------------------------------------------------------------------
+
+    def retire(self, stripe: int) -> bool:
+        """Give a stripe a new semaphore and recount its slots; the arbiter is held.
+
+        Returns:
+            False when a live process stayed inside for a second: the stripe is left CLOSED, and
+            whoever looks next goes on.
+        """
+        control = self._cells.ctl[stripe]
+        generation, phase = control >> 2, control & 3
+        if phase != CLOSED:
+            generation += 1
+            self._spare(stripe, generation)  # 1
+            self._cells.ctl[stripe] = generation << 2 | CLOSED  # 2
+        semaphore = self._spare(stripe, generation)
+        for index in self._processes.dead():
+            self._processes.fence(index)
+        barrier()  # 3. ORDER: pairs with OWN before ctl in Engine._attempt
+        self._semaphores.unlink(stripe, generation - 1)  # 4
+        if not self._drained(stripe, generation):  # 5
+            return False
+        frozen = self._dead_rows()
+        broken = np.flatnonzero((self._columns.claims[:, stripe] & 3) == BROKEN).tolist()  # 6
+        self.recount(stripe, frozen)
+        self._cells.ctl[stripe] = generation << 2 | OPENING  # 7
+        semaphore.release()
+        for index in {*frozen, *broken}:  # 8
+            self._cells.claims[index * self._layout.stripes + stripe] = 0
+        self._cells.ctl[stripe] = generation << 2 | OPEN
+        self._blocked.pop(stripe, None)
+        self.counters["retired"] += 1
+        log.info("stripe %d retired: generation %d", stripe, generation)
+        with contextlib.suppress(OSError):  # the next retirement makes it, if it must
+            self._semaphores.make(stripe, generation + 1)
+            self._semaphores.make(stripe, generation + 2)
+        return True
+
+    def _spare(self, stripe: int, generation: int):  # type: ignore[no-untyped-def]
+        try:
+            return self._semaphores.make(stripe, generation)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise OSError(
+                    errno.ENOSPC,
+                    f"stripe {stripe} has no spare semaphore and /dev/shm is full: free some of it",
+                ) from None
+            raise
+
+    def _dead_rows(self) -> list[int]:
+        """The rows that were fenced: nothing they do can come later."""
+        return np.flatnonzero((self._columns.row_state & 0xFF) == REAPING).tolist()
+
+    def _live_owners(self, stripe: int, generation: int) -> list[int]:
+        """Live processes that claim to be inside with an earlier generation's semaphore."""
+        claims = self._columns.claims[:, stripe]
+        inside = np.flatnonzero(((claims & 3) == OWN) & ((claims >> 2) < generation)).tolist()
+        return [
+            index
+            for index in inside
+            if self._cells.row_state[index] & 0xFF == LIVE and self._processes.is_alive(index)
+        ]
+
+    def _drained(self, stripe: int, generation: int) -> bool:
+        """Step 5: wait for live owners of earlier generations; fence those who die meanwhile."""
+        deadline = time.monotonic() + DRAIN_TIMEOUT_S
+        nap_s = 50e-6
+        while owners := self._live_owners(stripe, generation):
+            if time.monotonic() >= deadline:
+                who = ", ".join(map(self._processes.describe, owners))
+                if stripe not in self._blocked:
+                    log.error("stripe %d stays closed: %s is alive inside it", stripe, who)
+                self._blocked[stripe] = time.monotonic()
+                return False
+            time.sleep(nap_s)
+            nap_s = min(2 * nap_s, 0.005)
+        dead = [i for i in self._processes.dead() if self._cells.row_state[i] & 0xFF == LIVE]
+        for index in dead:
+            self._processes.fence(index)
+        return True
+
+    # -- recount --------------------------------------------------------------------------------
+
+    def recount(self, stripe: int, dead: collections.abc.Iterable[int]) -> None:
+        """Recompute what is derived from what is true, in one block; the stripe is ours alone.
+
+        Args:
+            stripe: Its block is recounted.
+            dead: Fenced rows whose ``held`` no longer counts. A BROKEN process lives: its held,
+                owner and writer stay.
+        """
+        block = self._layout.block
+        begin = stripe * block
+        rows = slice(begin, begin + block)
+        for index in dead:
+            self._columns.held[rows, index] = 0
+        live = np.array([0, *self._living_words(dead)], "u8")
+        states = self._columns.state[rows]
+        attached = np.count_nonzero(self._columns.held[rows], axis=1)
+        vrefs = self._columns.versioned_ref[rows]
+        versions, nrefs = vrefs >> np.uint64(SLOT_BITS), vrefs & np.uint64(SLOT_MASK)
+        even = (versions & np.uint64(1)) == 0
+        expected = attached + (even & (self._columns.retired[rows] == 0))
+        orphaned = ~np.isin(self._columns.owner[rows], live)
+        torn = ~np.isin(self._columns.writer[rows], live)
+        suspect = np.where(
+            states == FREE,
+            nrefs != 0,
+            (states != LIVE) | (expected != nrefs) | (expected == 0) | (even & (orphaned | torn)),
+        )
+        for offset in np.flatnonzero(suspect).tolist():
+            self._recount_slot(begin + offset, bool(orphaned[offset]), bool(torn[offset]))
+        self.counters["recounted"] += 1
+
+    def _living_words(self, dead: collections.abc.Iterable[int]) -> list[int]:
+        gone = set(dead)
+        return [word for word in self._processes.live_words() if word & 0xFFFF not in gone]
+
+    def _recount_slot(self, slot: int, orphaned: bool, torn: bool) -> None:
+        cells = self._cells
+        state = cells.state[slot]
+        version = cells.versioned_ref[slot] >> SLOT_BITS
+        if state == FREE:  # CRASH(create): killed before LIVE
+            cells.versioned_ref[slot] = version << SLOT_BITS
+        elif state == RECYCLING:  # CRASH(recycle)
+            recycle(cells, slot)
+        else:
+            if not version & 1 and (torn or orphaned):
+                self._fail(slot, version, torn=torn)
+            settle(cells, slot, self._layout.processes)
+
+    def _fail(self, slot: int, version: int, *, torn: bool) -> None:
+        """Fail a socket on behalf of the dead; its descriptor is shut down by the host's sweep."""
+        code = errno.EPIPE if torn else errno.EOWNERDEAD
+        text = "a writer died in mid-message" if torn else "the owner process died"
+        self._cells.error_code[slot] = code
+        self._columns.error_text[slot] = text.encode()
+        nref = self._cells.versioned_ref[slot] & SLOT_MASK
+        self._cells.versioned_ref[slot] = (version + 1) << SLOT_BITS | nref
+
+    # -- reaping --------------------------------------------------------------------------------
+
+    def reap(self, index: int) -> bool:
+        """Give back all that a dead process held; the arbiter is held, the byte was seen free.
+
+        Also how a process leaves: leaving is dying with less to do.
+
+        Returns:
+            False when a live process kept a stripe closed: the row stays, for the next look.
+        """
+        who = self._processes.describe(index)
+        word = self._cells.row_state[index] >> 8 << 16 | index
+        self._processes.fence(index)
+        barrier()  # a claim it stored is visible from here on
+        complete = True
+        for stripe in self._stripes_of(index, word):
+            claims = self._columns.claims[:, stripe]
+            stuck = claims[index] != 0 or self._cells.ctl[stripe] & 3 != OPEN
+            if stuck or not self._recount_in_turn(stripe):
+                complete &= self.retire(stripe)
+        if not complete or self._columns.claims[index].any():
+            return False
+        self._processes.free(index)
+        self.counters["reaped"] += 1
+        log.info("%s was reaped", who)
+        return True
+
+    def _stripes_of(self, index: int, word: int) -> list[int]:
+        """The stripes where a process claims, is attached, owns or writes."""
+        columns = self._columns
+        slots = (columns.held[:, index] != 0) | (columns.owner == word) | (columns.writer == word)
+        touched = slots.reshape(self._layout.stripes, self._layout.block).any(axis=1)
+        return np.flatnonzero(touched | (columns.claims[index] != 0)).tolist()
+
+    def _recount_in_turn(self, stripe: int) -> bool:
+        """Recount inside the stripe, taken in the ordinary way; False if it could not be had."""
+        if self._engine is None:
+            return False
+
+        def body(_: int, __: object) -> int:
+            self.recount(stripe, self._dead_rows())
+            return 1
+
+        try:
+            return bool(self._engine.run(stripe, body, -1, patience_s=_PATIENCE_S))
+        except (StripeTimeoutError, ClosedError, PoisonedError):
+            return False
+
+    # -- audit ----------------------------------------------------------------------------------
+
+    def audit(self) -> list[str]:
+        """Check DESIGN section 5's invariants over the whole table; a line for each breach.
+
+        Concurrency: takes nothing. On a live table a slot in mid-transition may look wrong, so
+            what looks wrong is looked at again, up to five times, before it is reported.
+        """
+        complaints: set[str] = set()
+        for attempt in range(5):
+            found = set(self._audit_once())
+            complaints = found if attempt == 0 else complaints & found
+            if not complaints:
+                break
+            time.sleep(0.01)
+        return sorted(complaints)
+
+    def _audit_once(self) -> collections.abc.Iterator[str]:
+        columns, layout = self._columns, self._layout
+        if self._segment.get("poisoned"):
+            yield "the segment is marked poisoned"
+        attached = np.count_nonzero(columns.held, axis=1)
+        versions = columns.versioned_ref >> np.uint64(SLOT_BITS)
+        nrefs = columns.versioned_ref & np.uint64(SLOT_MASK)
+        even = (versions & np.uint64(1)) == 0
+        free, live = columns.state == FREE, columns.state == LIVE
+        wrong = free & ((nrefs != 0) | ~even | (attached != 0))
+        for slot in np.flatnonzero(wrong).tolist():
+            yield (
+                f"slot {slot} is FREE with version {versions[slot]}, nref {nrefs[slot]} "
+                f"and {attached[slot]} attached"
+            )
+        expected = attached + (even & (columns.retired == 0))
+        for slot in np.flatnonzero(live & (expected != nrefs)).tolist():
+            yield f"slot {slot} has nref {nrefs[slot]}, its formula gives {expected[slot]}"
+        for slot in np.flatnonzero(live & (expected == 0)).tolist():
+            yield f"slot {slot} is held by nobody and was not recycled"
+        for slot in np.flatnonzero(~free & ~live).tolist():
+            yield f"slot {slot} is in the middle of recycling"
+        yield from self._audit_processes(live & even)
+        for stripe in np.flatnonzero((columns.ctl & 3) != OPEN).tolist():
+            yield f"stripe {stripe} is being retired"
+        for index, stripe in np.argwhere((columns.claims & 3) == BROKEN).tolist():
+            yield f"stripe {stripe} was broken by process {index}"
+        if len(columns.ctl) != layout.stripes:  # pragma: no cover - a mapping that shrank
+            yield "the segment is shorter than its layout"
+
+    def _audit_processes(self, live: np.ndarray[tuple[int], np.dtype[np.bool]]):  # type: ignore[no-untyped-def]
+        columns = self._columns
+        words = np.array([0, *self._processes.live_words()], "u8")
+        for column, name in ((columns.owner, "owned"), (columns.writer, "written")):
+            for slot in np.flatnonzero(live & ~np.isin(column, words)).tolist():
+                word = int(column[slot])
+                yield f"slot {slot} is {name} by process {word & 0xFFFF}, which has left"
+        for index in self._processes.dead():
+            yield f"{self._processes.describe(index)} died and was not reaped"
+        for index in np.flatnonzero((columns.row_state & 0xFF) == FREE).tolist():
+            if columns.claims[index].any() or columns.held[:, index].any():
+                yield f"process row {index} is FREE but still claims or holds something"
+        for index, stripe in np.argwhere((columns.claims & 3) == OWN).tolist():
+            owner = columns.row_state[index] & 0xFF
+            if owner == LIVE and not self._processes.is_alive(index):
+                yield f"stripe {stripe} is claimed by process {index}, which died"
+
+

@@ -1,0 +1,791 @@
+"""One process's view of a runtime: create or attach, address, fail, look, leave."""
+
+from __future__ import annotations
+
+import atexit
+import collections.abc
+import contextlib
+import dataclasses
+import errno
+import logging
+import os
+import resource
+import shutil
+import socket
+import threading
+import time
+import types
+import typing
+import weakref
+
+import numpy as np
+
+from . import descriptors as _descriptors
+from .descriptors import Descriptors, kind_of, peer_of
+from .engine import Engine, NewSocket
+from .errors import (
+    AlreadyRunningError,
+    ClosedError,
+    DescriptorError,
+    InTransitionError,
+    PoisonedError,
+    RuntimeNotFoundError,
+    StripeTimeoutError,
+)
+from .groups import Groups
+from .layout import (
+    FREE,
+    LIVE,
+    PEER_BYTES,
+    ROLES,
+    SLOT_BITS,
+    SLOT_MASK,
+    SOCKET_DTYPE,
+    USER_DATA_BYTES,
+    Layout,
+    Status,
+)
+from .processes import ATTACHED, FIRST_ROW, HOST, REGISTRATION, LockFile, Processes
+from .recovery import Recovery
+from .segment import (
+    FIRST_GENERATION,
+    SPARE_GENERATIONS,
+    Segment,
+    Semaphores,
+    check_name,
+    make_run_directory,
+    names_on_machine,
+    run_directory,
+    unlink_names,
+)
+from .service import Service
+from .socket import SocketIO, SocketRef
+from .store import Store
+from .writing import Writers
+
+if typing.TYPE_CHECKING:
+    from .dispatcher import Dispatcher
+
+log = logging.getLogger("shmsock")
+
+DEFAULT_MAX_UNWRITTEN_BYTES = 64 << 20
+_TICK_S = 1.0
+_FREE_FILES = 64  # what a process needs besides its sockets
+
+_runtimes: weakref.WeakSet[Runtime] = weakref.WeakSet()
+_current: Runtime | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessInfo:
+    """A participant, as ``Runtime.processes`` tells.
+
+    Attributes:
+        alive: Whether the kernel says so; a dead one that is listed waits to be reaped.
+        sockets: How many it owns.
+        attached: How many slots it holds references on.
+    """
+
+    index: int
+    epoch: int
+    pid: int
+    role: str
+    alive: bool
+    age_s: float
+    sockets: int
+    attached: int
+
+
+class Runtime:
+    """A participant: made by ``create`` (the host) or ``attach``; closes with ``with``.
+
+    Concurrency: every method may be called from any thread. A forked child that uses its parent's
+        Runtime attaches as a process of its own at the first call; the references it inherited are
+        inert.
+    """
+
+    def __init__(self, name: str, segment: Segment, lock_file: LockFile, role: str) -> None:
+        """Use ``create`` or ``attach``."""
+        self.name = name
+        self.run_directory = run_directory(name)
+        self.max_unwritten_bytes = segment.get("max_unwritten_bytes")
+        self._segment = segment
+        self._role = role
+        self._lock_file = lock_file
+        self._store: Store | None = None
+        self._pid = os.getpid()
+        self._join()
+        _runtimes.add(self)
+
+    def _join(self) -> None:
+        """Take a row and build this process's side; again in a forked child."""
+        segment = self._segment
+        if not self._lock_file.share():
+            raise InTransitionError(f"runtime {self.name!r} is just being removed")
+        try:
+            if not self._lock_file.is_current():
+                raise InTransitionError(f"runtime {self.name!r} was just removed or replaced")
+            self._processes = Processes(segment, self._lock_file)
+            self.index, epoch = self._processes.register(self._role)
+        except BaseException:
+            self._lock_file.unshare()
+            raise
+        self._semaphores = Semaphores(self.name, segment.layout.stripes)
+        self._engine = Engine(segment, self._semaphores, self.index, epoch, SocketRef)
+        self._service = Service(self.name)
+        self._recovery = Recovery(segment, self._processes, self._semaphores, self._engine)
+        self._descriptors = Descriptors(segment, self._engine, self._service, epoch)
+        self._io = SocketIO(segment, self._engine, self._descriptors)
+        self._writers = Writers(
+            self._engine,
+            self._descriptors,
+            self._service,
+            self.max_unwritten_bytes,
+            self._io.error_of,
+            self._io.set_failed,
+        )
+        self._io.writers = self._writers
+        self._engine.io = self._io
+        self._engine.repair = self._repair_stripe
+        self._descriptors.on_hang_up = self._hung_up
+        self._descriptors.on_arrival = self._arrived
+        self._dispatcher: Dispatcher | None = None
+        self._groups: Groups | None = None
+        self._closed = False
+        self._service.call_later(_TICK_S, self._tick)
+
+    # -- being there ----------------------------------------------------------------------------
+
+    @classmethod
+    def create(
+        cls,
+        name: str,
+        *,
+        slots: int = 65_536,
+        processes: int = 128,
+        stripes: int = 64,
+        max_unwritten_bytes: int = DEFAULT_MAX_UNWRITTEN_BYTES,
+        role: str = "supervisor",
+    ) -> Runtime:
+        """Make a runtime and be its host: the process that keeps a duplicate of every socket.
+
+        What an earlier runtime of this name left behind is removed first, if nobody lives there.
+
+        Args:
+            name: 1 to 64 letters, digits, ``_`` and ``-``; one runtime of a name a machine.
+            slots: How many sockets at once; about 0.5 KiB of shared memory each.
+            processes: How many participants at once.
+            stripes: How many semaphores guard the slots.
+            max_unwritten_bytes: How much may wait for one peer in one process before ``write``
+                raises OverCrowdedError.
+            role: What ``shmsock ps`` shows.
+
+        Raises:
+            AlreadyRunningError: The name is alive; the message names its processes.
+            OSError: ENOSPC when /dev/shm is too small; the message says what is needed.
+            ValueError: A size or name that cannot be.
+
+        If killed: names that the next create of this name removes.
+        """
+        check_name(name)
+        layout = Layout.fit(slots, processes, stripes)
+        if max_unwritten_bytes < 1:
+            raise ValueError("max_unwritten_bytes must be at least 1")
+        lock_file = _own_name(name)
+        try:
+            segment = Segment.create(name, layout, max_unwritten_bytes)
+            semaphores = Semaphores(name, layout.stripes)
+            for stripe in range(layout.stripes):
+                for generation in range(FIRST_GENERATION, FIRST_GENERATION + 1 + SPARE_GENERATIONS):
+                    first = generation == FIRST_GENERATION
+                    semaphores.make(stripe, generation, 1 if first else 0)
+            semaphores.close()
+            runtime = cls(name, segment, lock_file, role)
+        except BaseException:
+            unlink_names(name)
+            lock_file.drop(HOST)
+            raise
+        runtime._serve()
+        segment.set("init_done", 1)
+        _adopt_current(runtime)
+        return runtime
+
+    def _serve(self) -> None:
+        """Become the host: keep descriptors, answer the control channel."""
+        _raise_open_files_limit(self._segment.layout.slots)
+        self._store = Store(
+            self._segment,
+            self._service,
+            lambda index, epoch: index < self._segment.layout.processes
+            and self._segment.cells.row_state[index] == epoch << 8 | LIVE,
+            self._look,
+        )
+        self._store.on_refused = self._refused
+        self._descriptors.store = self._store
+        self._service.ensure()
+
+    @classmethod
+    def attach(cls, name: str, *, role: str = "client") -> Runtime:
+        """Take part in a runtime that another process made.
+
+        Raises:
+            RuntimeNotFoundError: There is none.
+            FormatError: It was made by another version. Nothing was touched.
+            PermissionError: It is another user's.
+            TableFullError: All process rows are taken.
+
+        If killed: whoever notices gives back what it held.
+        """
+        check_name(name)
+        if role not in ROLES:
+            raise ValueError(f"role must be one of {', '.join(ROLES)}")
+        for _ in range(50):
+            try:
+                segment = Segment.attach(name)
+                runtime = cls(name, segment, LockFile.open(name, create=False), role)
+            except InTransitionError as error:
+                failure = error
+            else:
+                _adopt_current(runtime)
+                runtime._look()
+                return runtime
+            time.sleep(0.02)
+        raise failure
+
+    @property
+    def is_host(self) -> bool:
+        """Whether this process serves the descriptor store."""
+        return self._store is not None
+
+    def _check(self) -> None:
+        """Raise if closed; in a forked child, attach first."""
+        if self._pid != os.getpid():
+            self._attach_in_child()
+        if self._closed:
+            raise ClosedError(f"this Runtime of {self.name!r} is closed: attach again")
+
+    def _attach_in_child(self) -> None:
+        with _fork_lock:
+            if self._pid == os.getpid():
+                return
+            self._lock_file = LockFile.open(self.name, create=False)
+            self._role = "client"
+            self._pid = os.getpid()
+            self._join()
+
+    # -- sockets --------------------------------------------------------------------------------
+
+    def create_socket(
+        self, sock: socket.socket, user_data: bytes = b"", *, owner: int | None = None
+    ) -> int:
+        """Make a connected, listening or datagram socket a Socket of the runtime.
+
+        Args:
+            sock: Taken over: do not use or close it afterwards. Whether it blocks does not matter.
+            user_data: Up to 64 bytes kept with it.
+            owner: The index of the process that will read it; this process by default. In the
+                host, naming another process keeps the descriptor in the store alone: see
+                ``pass_to``.
+
+        Returns:
+            Its SocketId.
+
+        Raises:
+            TableFullError: No slot is free; ``sock`` is still yours.
+            ValueError: ``user_data`` is too long, or ``owner`` no live process.
+
+        If killed: before the slot is LIVE nothing happened; after, the socket fails with its owner.
+        """
+        self._check()
+        if len(user_data) > USER_DATA_BYTES:
+            raise ValueError(f"user_data holds {USER_DATA_BYTES} bytes, not {len(user_data)}")
+        word = self._engine.word if owner is None else self._word_of(owner)
+        new = NewSocket(
+            owner=word,
+            inode=os.fstat(sock.fileno()).st_ino,
+            kind=kind_of(sock),
+            peer=peer_of(sock).encode()[:PEER_BYTES],
+            user_data=bytes(user_data),
+        )
+        sid = self._engine.create(new)
+        held = _descriptors.wrap(sock.detach())
+        if word == self._engine.word or self._store is None:
+            self._descriptors.keep(sid, held)
+            self._descriptors.put(sid)
+        else:
+            self._store.keep(sid, held)
+        return sid
+
+    def _word_of(self, index: int) -> int:
+        if 0 <= index < self._segment.layout.processes:
+            word = self._segment.cells.row_state[index]
+            if word & 0xFF == LIVE:
+                return word >> 8 << 16 | index
+        raise ValueError(f"process {index} is not alive: no socket can be its own")
+
+    def pass_to(self, index: int, sids: collections.abc.Iterable[int]) -> list[int]:
+        """In the host: hand sockets created with ``owner=index`` to that process.
+
+        They reach its dispatcher's ``on_arrival``. Those that cannot be handed over are failed.
+
+        Returns:
+            The ids that were handed on.
+        """
+        self._check()
+        if self._store is None:
+            raise ValueError("only the host passes descriptors on")
+        ids = list(sids)
+        if self._store.pass_to(index, ids):
+            return ids
+        for sid in ids:
+            self.set_failed(sid, errno.EHOSTDOWN, f"process {index} could not take it")
+        return []
+
+    def on_join(self, callback: collections.abc.Callable[[int], object]) -> None:
+        """In the host: call ``callback(index)`` when a process is ready to be passed sockets."""
+        self._check()
+        if self._store is None:
+            raise ValueError("only the host is joined")
+        self._store.on_join = callback
+
+    def _refused(self, index: int, sids: tuple[int, ...]) -> None:
+        """A process had no descriptor left for what it was passed."""
+        for sid in sids:
+            self.set_failed(sid, errno.EMFILE, f"process {index} is out of descriptors")
+
+    def address(self, sid: int) -> SocketRef | None:
+        """Turn an id into a usable socket, or None once it has failed; see SocketRef.
+
+        A stale id is not an error: one of an earlier life, of an earlier runtime, out of range or
+        made up is None.
+
+        Concurrency: attached already: one read of shared memory. Else the slot's stripe is taken.
+        If killed: what this process held is given back by whoever reaps it.
+        """
+        if self._pid != os.getpid() or self._closed:
+            self._check()
+        return typing.cast("SocketRef | None", self._engine.address(sid))
+
+    def address_failed_as_well(self, sid: int) -> SocketRef | None:
+        """As ``address``, but also a socket that failed and that somebody still holds."""
+        self._check()
+        return typing.cast("SocketRef | None", self._engine.address(sid, True))
+
+    def set_failed(self, sid: int, code: int = errno.ECONNABORTED, text: str = "") -> bool:
+        """End a socket everywhere.
+
+        Every later ``address`` is None, whoever waits is woken with ``code`` and ``text``, the peer
+        sees the connection end, and when the last process lets go the slot is recycled.
+
+        Returns:
+            True for the one winner; False if it had failed already or never was.
+
+        If killed: the failure has happened or has not; the host's sweep ends the connection.
+        """
+        self._check()
+        return self._io.set_failed(_index(sid), code, text)
+
+    def status(self, sid: int) -> Status:
+        """What an id names now, without a reference."""
+        self._check()
+        return self._engine.status(sid)
+
+    # -- looking --------------------------------------------------------------------------------
+
+    def sockets(self) -> np.ndarray[typing.Any, np.dtype[np.void]]:
+        """A numpy structured array (layout.SOCKET_DTYPE), one row per live or failed socket.
+
+        Concurrency: takes no lock. Each row is copied with its version looked at before and after;
+            a slot that changed hands meanwhile is left out.
+        """
+        self._check()
+        columns = self._segment.columns
+        before = columns.versioned_ref.copy()
+        rows = np.flatnonzero(columns.state == LIVE)
+        table = np.zeros(len(rows), SOCKET_DTYPE)
+        shift, mask = np.uint64(SLOT_BITS), np.uint64(SLOT_MASK)
+        versions = before[rows] >> shift
+        table["id"] = (versions & ~np.uint64(1)) << shift | rows.astype("u8")
+        table["state"] = 1 + (versions & np.uint64(1))
+        table["nref"] = before[rows] & mask
+        table["attached"] = np.count_nonzero(columns.held[rows], axis=1)
+        for name in ("owner", "writer"):
+            word = getattr(columns, name)[rows]
+            table[name] = np.where(word == 0, -1, (word & np.uint64(0xFFFF)).astype("i4"))
+        for name in SOCKET_DTYPE.names or ():
+            if name not in ("id", "state", "nref", "attached", "owner", "writer", "user_data"):
+                table[name] = getattr(columns, name)[rows]
+        table["user_data"] = columns.user_data[rows, columns.selector[rows] & 1]
+        after = columns.versioned_ref[rows] >> shift
+        same = ((after & ~np.uint64(1)) == (versions & ~np.uint64(1))) & (
+            columns.state[rows] == LIVE
+        )
+        return typing.cast("np.ndarray[typing.Any, np.dtype[np.void]]", table[same])
+
+    def attached(self, sid: int) -> list[int]:
+        """The indexes of the processes attached to a socket."""
+        self._check()
+        return self.attached_many(np.array([_index(sid)], "u8"))[0]
+
+    def attached_many(self, ids: np.ndarray[typing.Any, typing.Any]) -> list[list[int]]:
+        """``attached`` of many ids at once."""
+        slots = np.asarray(ids, "u8") & np.uint64(SLOT_MASK)
+        inside = slots < self._segment.layout.slots
+        held = self._segment.columns.held[np.where(inside, slots, 0)]
+        return [
+            np.flatnonzero(row).tolist() if known else []
+            for row, known in zip(held, inside, strict=True)
+        ]
+
+    def processes(self) -> list[ProcessInfo]:
+        """Every participant."""
+        self._check()
+        columns = self._segment.columns
+        live = columns.state == LIVE
+        owners = columns.owner[live]
+        now_ns = time.monotonic_ns()
+        found = []
+        for index in self._processes.taken():
+            epoch = int(columns.row_state[index]) >> 8
+            found.append(
+                ProcessInfo(
+                    index=index,
+                    epoch=epoch,
+                    pid=int(columns.row_pid[index]),
+                    role=ROLES[int(columns.row_role[index]) % len(ROLES)],
+                    alive=self._processes.is_alive(index),
+                    age_s=(now_ns - int(columns.row_started_ns[index])) / 1e9,
+                    sockets=int(np.count_nonzero(owners == (epoch << 16 | index))),
+                    attached=int(np.count_nonzero(columns.held[live, index])),
+                )
+            )
+        return found
+
+    def owned_counts(self) -> np.ndarray[typing.Any, typing.Any]:
+        """How many sockets each process index owns: one pass of numpy over the table."""
+        columns = self._segment.columns
+        owners = (columns.owner[columns.state == LIVE] & np.uint64(0xFFFF)).astype("i8")
+        return np.bincount(owners, minlength=self._segment.layout.processes)
+
+    @property
+    def slots(self) -> int:
+        """How many sockets the table holds."""
+        return self._segment.layout.slots
+
+    def host_alive(self) -> bool:
+        """Whether some process serves the descriptor store."""
+        return self._lock_file.holder(HOST) != 0
+
+    def in_use(self) -> int:
+        """How many slots are taken."""
+        return int(np.count_nonzero(self._segment.columns.state != FREE))
+
+    @property
+    def groups(self) -> Groups:
+        """Named sets of sockets, shared by all processes; needs the ``server`` extra (LMDB)."""
+        self._check()
+        if self._groups is None:
+            self._groups = Groups(
+                f"{self.run_directory}/groups",
+                address=self.address,
+                is_live=lambda sid: self._engine.status(sid) is Status.LIVE,
+                fetch=self._prefetch,
+            )
+        return self._groups
+
+    def _prefetch(self, sids: collections.abc.Sequence[int]) -> None:
+        with contextlib.suppress(DescriptorError):  # each write says it for itself
+            self._descriptors.fetch(sids)
+
+    # -- repair ---------------------------------------------------------------------------------
+
+    def audit(self) -> list[str]:
+        """Check every invariant of the whole table; a line for each breach, none when clean."""
+        self._check()
+        return self._recovery.audit()
+
+    def repair(self) -> dict[str, int]:
+        """Reap the dead, retire broken stripes; returns how often each was done by this process."""
+        self._check()
+        self._recovery.look()
+        return dict(self._recovery.counters)
+
+    def _look(self) -> None:
+        """Somebody may have died."""
+        self._recovery.look()
+
+    def _repair_stripe(self, stripe: int) -> None:
+        self._recovery.look(stripe)
+
+    def _hung_up(self, sid: int) -> None:
+        self._writers.hung_up(sid)
+        if self._dispatcher is not None and self._engine.status(sid) is not Status.LIVE:
+            self._dispatcher._ended(sid)
+
+    def _arrived(self, sids: list[int]) -> None:
+        dispatcher = self._dispatcher
+        if dispatcher is not None and dispatcher._arrived is not None:
+            dispatcher._arrived(sids)
+
+    def _tick(self) -> None:
+        """Once a second, in the service loop."""
+        self._service.call_later(_TICK_S, self._tick)
+        self._segment.cells.row_heartbeat_ns[self.index] = time.monotonic_ns()
+        if not self._lock_file.reassert():
+            log.error("runtime %r: this process was taken for dead; attach again", self.name)
+            self._engine.closed = True
+        self._engine.drain()
+        self._recovery.look()
+        self._writers.tick()
+        self._descriptors.tick()
+        self._semaphores.renew_spare()
+        with self._engine.lock:
+            for stripe, control in enumerate(self._segment.cells.ctl):
+                self._semaphores.forget_retired(stripe, control >> 2)
+
+    def _adopt_dispatcher(self, dispatcher: Dispatcher | None) -> Service:
+        self._check()
+        if dispatcher is not None and self._dispatcher is not None:
+            raise ValueError("this Runtime has a Dispatcher already: one a process is enough")
+        self._dispatcher = dispatcher
+        return self._service
+
+    # -- leaving --------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Leave: give back what this process holds; the sockets it owns fail.
+
+        The host's leaving ends the runtime's descriptor store; what is left of the names is taken
+        away by ``unlink``. Closing twice does nothing.
+        """
+        if self._closed or self._pid != os.getpid():
+            return
+        self._closed = True
+        if self._dispatcher is not None:
+            self._dispatcher.close()
+        self._fail_owned()
+        self._service.close()
+        self._writers.close()
+        if self._groups is not None:
+            self._groups.close()
+        self._leave()
+        if self._store is not None:
+            self._store.close()
+            self._segment.publish_control_address("")
+        self._descriptors.close()
+        self._semaphores.close()
+        self._segment.close()
+        _runtimes.discard(self)
+
+    def _fail_owned(self) -> None:
+        """End our own sockets while their peers can still be told."""
+        columns = self._segment.columns
+        mine = (columns.owner == self._engine.word) & (columns.state == LIVE)
+        for slot in np.flatnonzero(mine).tolist():
+            version = int(columns.versioned_ref[slot]) >> SLOT_BITS
+            with contextlib.suppress(StripeTimeoutError, ClosedError, PoisonedError):
+                sid = (version & ~1) << SLOT_BITS | slot
+                self._io.set_failed(sid, errno.EOWNERDEAD, "the owner process left")
+
+    def _leave(self) -> None:
+        """Be reaped: by ourselves if the arbiter can be had, else by whoever comes next."""
+        self._engine.detach_all()
+        with self._engine.lock:
+            self._engine.closed = True
+        with self._recovery.arbitrated(timeout_s=0.2) as arbiter:
+            if arbiter:
+                with contextlib.suppress(OSError):
+                    self._recovery.reap(self.index)
+        self._lock_file.drop(FIRST_ROW + self.index)
+        if self._store is not None:
+            self._lock_file.drop(HOST)
+        self._lock_file.unshare()
+
+    def unlink(self) -> None:
+        """Take every name of the runtime away; processes that are attached keep what they have."""
+        _remove(self.name)
+
+    def __enter__(self) -> Runtime:
+        """The runtime itself."""
+        self._check()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: types.TracebackType | None,
+    ) -> None:
+        """Leave; the host also takes the names away."""
+        host = self.is_host
+        self.close()
+        if host:
+            self.unlink()
+
+    def __repr__(self) -> str:
+        """For logs."""
+        state = "closed" if self._closed else "host" if self.is_host else self._role
+        return f"<Runtime {self.name!r} process {self.index} {state}>"
+
+    # -- fork -----------------------------------------------------------------------------------
+
+    def _forked(self) -> None:
+        """In a forked child: nothing shared is touched, nothing of the parent's is unregistered.
+
+        ORDER: epolls first, then the descriptors they watch; or a peer's end of stream would wait
+        for the child, and closing numbers first would leave them in the parent's set.
+        """
+        self._engine.foreign = True
+        if self._dispatcher is not None:
+            self._dispatcher._close_in_child()
+            self._dispatcher = None
+        self._service.close_descriptors()
+        self._descriptors.forget()
+        if self._store is not None:
+            self._store.forget()
+            self._store = None
+        self._groups = None
+
+
+_fork_lock = threading.Lock()
+
+
+def _forked() -> None:
+    global _fork_lock
+    _fork_lock = threading.Lock()
+    for runtime in list(_runtimes):
+        if not runtime._closed:
+            runtime._forked()
+
+
+def _leave_all() -> None:
+    """At exit: leave in order. Dying without would only give the others more to do."""
+    for runtime in list(_runtimes):
+        if runtime._pid == os.getpid():
+            runtime.__exit__(None, None, None)
+
+
+os.register_at_fork(after_in_child=_forked)
+atexit.register(_leave_all)
+
+
+def current() -> Runtime:
+    """The Runtime that this process created or attached last.
+
+    Raises:
+        RuntimeNotFoundError: None, or it was closed.
+    """
+    if _current is None or _current._closed:
+        raise RuntimeNotFoundError("this process has attached no runtime: Runtime.attach(name)")
+    return _current
+
+
+def _adopt_current(runtime: Runtime) -> None:
+    global _current
+    _current = runtime
+
+
+def _index(sid: int) -> int:
+    return sid if sid.__class__ is int else int(sid)
+
+
+def _own_name(name: str) -> LockFile:
+    """Be the only one who may make a runtime of this name; remove what an earlier one left."""
+    while True:
+        make_run_directory(name)
+        try:
+            lock_file = LockFile.open(name, create=True)
+        except FileNotFoundError:
+            continue  # a janitor took the directory away between the two lines
+        with lock_file.exclusive(REGISTRATION, timeout_s=5.0) as registering:
+            if not registering:
+                raise AlreadyRunningError(f"somebody else has been creating {name!r} for 5 s")
+            if not lock_file.is_current():
+                continue
+            if (pid := lock_file.holder(HOST)) != 0:
+                raise AlreadyRunningError(
+                    f"runtime {name!r} is served by process {pid}: attach to it, stop it, or take "
+                    "another --name"
+                )
+            if (pid := lock_file.holder(ATTACHED)) != 0:
+                raise AlreadyRunningError(
+                    f"runtime {name!r} has lost its host but process {pid} still takes part: "
+                    f"stop it, or run `shmsock clean --name {name} --kill`"
+                )
+            if not lock_file.try_hold(HOST):
+                raise AlreadyRunningError(f"runtime {name!r} is just being created")
+            _remove_contents(name)
+            return lock_file
+
+
+def _remove_contents(name: str) -> None:
+    """Everything but the lock file and its directory."""
+    unlink_names(name)
+    directory = run_directory(name)
+    for entry in os.listdir(directory):
+        path = f"{directory}/{entry}"
+        if entry == "lock":
+            continue
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
+
+def _remove(name: str) -> None:
+    """Take all names away, the lock file last: who is killed here is simply run again."""
+    directory = run_directory(name)
+    if not os.path.isdir(directory):
+        unlink_names(name)
+        return
+    with contextlib.suppress(FileNotFoundError):
+        _remove_contents(name)
+        os.unlink(f"{directory}/lock")
+    with contextlib.suppress(OSError):
+        os.rmdir(directory)
+
+
+def clean(name: str) -> bool:
+    """Remove what is left of a runtime that nobody takes part in.
+
+    Returns:
+        False if there was nothing.
+
+    Raises:
+        AlreadyRunningError: Somebody is alive there; the message names a process.
+    """
+    check_name(name)
+    directory = run_directory(name)
+    try:
+        lock_file = LockFile.open(name, create=False)
+    except RuntimeNotFoundError:
+        if not os.path.isdir(directory):
+            left = name in names_on_machine()
+            unlink_names(name)
+            return left
+        _remove(name)
+        return True
+    with lock_file.exclusive(REGISTRATION, timeout_s=5.0) as registering:
+        if registering and lock_file.is_current():
+            for byte in (HOST, ATTACHED):
+                if (pid := lock_file.holder(byte)) != 0:
+                    raise AlreadyRunningError(f"runtime {name!r} is alive: process {pid}")
+            _remove(name)
+            return True
+    return False
+
+
+def _raise_open_files_limit(slots: int) -> None:
+    """As many descriptors as the kernel lets us have, and a word about what that means."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if soft - _FREE_FILES < slots:
+        log.info(
+            "%d slots, but the open-files limit lets the host keep %d sockets: ulimit -n",
+            slots,
+            soft - _FREE_FILES,
+        )

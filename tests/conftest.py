@@ -1,0 +1,68 @@
+"""Fixtures: a small runtime, and a guard that every test leaves nothing behind."""
+
+from __future__ import annotations
+
+import collections.abc
+import gc
+import itertools
+import multiprocessing.resource_tracker
+import os
+import threading
+
+import pytest
+
+import shmsock
+
+from . import helpers
+
+_numbers = itertools.count()
+
+
+def pytest_report_header() -> str:
+    return f"shmsock engine: {shmsock.ENGINE}"
+
+
+@pytest.fixture
+def name() -> collections.abc.Iterator[str]:
+    """A runtime name that no parallel run uses."""
+    yield f"t{os.getpid()}-{next(_numbers)}"
+
+
+@pytest.fixture
+def runtime(name: str) -> collections.abc.Iterator[shmsock.Runtime]:
+    """A small runtime whose host is the test."""
+    with shmsock.Runtime.create(name, slots=256, processes=16, stripes=8) as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def leak_guard() -> collections.abc.Iterator[None]:
+    """Same descriptors, children, threads and names in shared memory, before and after."""
+
+    def census() -> tuple[dict[int, str], set[int], set[str], set[threading.Thread]]:
+        return (
+            helpers.descriptors(),
+            helpers.children(),
+            helpers.shared_names(),
+            set(threading.enumerate()),
+        )
+
+    before = census()
+    yield
+    gc.collect()
+    stop = getattr(multiprocessing.resource_tracker._resource_tracker, "_stop", None)
+    if stop is not None:
+        stop()
+
+    def left() -> list[str]:
+        fds, processes, names, threads = census()
+        problems = [f"descriptor {fd}: {what}" for fd, what in fds.items() if fd not in before[0]]
+        problems += [f"child process {pid}" for pid in processes - before[1]]
+        problems += [f"/dev/shm/{entry}" for entry in names - before[2]]
+        problems += [f"thread {thread.name}" for thread in threads - before[3]]
+        return [p for p in problems if "/proc/" not in p]
+
+    try:
+        helpers.wait_until(lambda: not left(), timeout_s=5.0)
+    except AssertionError:
+        pytest.fail("the test left behind: " + "; ".join(left()))

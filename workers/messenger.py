@@ -1,0 +1,180 @@
+"""Reads connections, finds their protocol, and feeds it: brpc's InputMessenger.
+
+A connection's protocols are tried in turn on its first bytes, and the one that matched is
+remembered. Everything here runs in the owner's dispatcher, one connection at a time.
+
+``busy`` is true from before the first recv of a message until the parse buffer is empty and every
+answer is out: while it is true the connection cannot change hands, because half a request must
+never reach another parser.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import errno
+import logging
+
+from shmsock import Dispatcher, OverCrowdedError, Runtime, SocketFailedError, SocketRef
+
+from .protocol import Protocol, Session
+
+log = logging.getLogger("shmsock")
+access = logging.getLogger("shmsock.access")
+
+_READ_BYTES = 64 << 10
+_READS_A_ROUND = 8  # then other connections have a turn
+_HEAD_BYTES = 64 << 10  # no protocol needs more to be known by
+_RECHECK_S = 0.1
+
+
+class Connection:
+    """A connection this worker reads.
+
+    Attributes:
+        session: The protocol's side of it, once the protocol is known.
+        head: What came before that.
+        closing: Nothing is parsed any more: what still comes is read and dropped, so that closing
+            with unread data does not make the kernel reset a peer that has not read our answer.
+    """
+
+    __slots__ = ("closing", "counted", "head", "session")
+
+    def __init__(self) -> None:
+        """Nothing was read yet."""
+        self.session: Session | None = None
+        self.head = b""
+        self.closing = False
+        self.counted = 0
+
+
+class Messenger:
+    """The connections of one worker."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        dispatcher: Dispatcher,
+        protocols: collections.abc.Sequence[Protocol],
+    ) -> None:
+        """Protocols are tried in the order given."""
+        self._runtime = runtime
+        self._dispatcher = dispatcher
+        self._protocols = tuple(protocols)
+        self._connections: dict[int, Connection] = {}
+        self._draining = False
+        dispatcher.on_arrival(self.take)
+
+    def __len__(self) -> int:
+        """How many connections are read here."""
+        return len(self._connections)
+
+    def take(self, sids: list[int]) -> None:
+        """Read these from here on: they are ours."""
+        for sid in sids:
+            self._connections[sid] = Connection()
+            if not self._dispatcher.add_consumer(sid, self._readable, self._ended):
+                del self._connections[sid]
+
+    # -- reading --------------------------------------------------------------------------------
+
+    def _readable(self, ref: SocketRef) -> bool:
+        """Read until there is nothing more; true to be called again in the next round."""
+        connection = self._connections[ref.id]
+        ref.busy = True
+        try:
+            more = self._read(ref, connection)
+        except (SocketFailedError, OverCrowdedError) as error:
+            code = error.code if isinstance(error, SocketFailedError) else errno.ENOBUFS
+            ref.set_failed(code, str(error))
+            return False
+        self._settle(ref, connection)
+        if self._draining and not ref.busy:
+            self._close(ref, connection)
+        return more
+
+    def _read(self, ref: SocketRef, connection: Connection) -> bool:
+        for _ in range(_READS_A_ROUND):
+            try:
+                data = ref.recv(_READ_BYTES)
+            except (BlockingIOError, InterruptedError):
+                return False
+            except OSError as error:
+                ref.set_failed(error.errno or errno.EIO, error.strerror or "read failed")
+                return False
+            if not data:
+                # The peer will send no more, but may still read: what is queued goes out first.
+                self._close(ref, connection)
+                return False
+            if not connection.closing and not self._feed(ref, connection, data):
+                self._close(ref, connection)
+        return True
+
+    def _feed(self, ref: SocketRef, connection: Connection, data: bytes) -> bool:
+        """Give bytes to the session; false when it wants the connection closed."""
+        session = connection.session
+        if session is None:
+            data = connection.head + data
+            session = self._recognise(ref, data)
+            if session is None:
+                connection.head = data
+                if len(data) > _HEAD_BYTES:
+                    ref.set_failed(errno.EPROTO, "no protocol matches its first bytes")
+                return True
+            connection.session, connection.head = session, b""
+        return session.receive(ref, data)
+
+    def _recognise(self, ref: SocketRef, head: bytes) -> Session | None:
+        for protocol in self._protocols:
+            match = protocol.match(head)
+            if match is None:
+                return None  # an earlier protocol may still want it
+            if match:
+                return protocol.open(ref)
+        ref.set_failed(errno.EPROTO, "no protocol matches its first bytes")
+        return None
+
+    def _settle(self, ref: SocketRef, connection: Connection) -> None:
+        """Say whether the connection is idle, and count its messages."""
+        session = connection.session
+        if session is not None:
+            handled = session.messages()
+            if handled != connection.counted:
+                ref.count_messages(handled - connection.counted)
+                connection.counted = handled
+        parsed = not connection.head and (session is None or session.idle())
+        if parsed and not ref.unwritten_bytes():
+            ref.busy = False
+        elif parsed:
+            self._dispatcher.call_later(_RECHECK_S, lambda: self._recheck(ref.id))
+
+    def _recheck(self, sid: int) -> None:
+        """Whether an answer that the peer was slow to take is out by now."""
+        connection = self._connections.get(sid)
+        ref = self._runtime.address(sid) if connection is not None else None
+        if ref is not None and connection is not None:
+            with ref:
+                self._settle(ref, connection)
+                if self._draining and not ref.busy:
+                    self._close(ref, connection)
+
+    # -- ending ---------------------------------------------------------------------------------
+
+    def _close(self, ref: SocketRef, connection: Connection) -> None:
+        """Close once everything written is out."""
+        connection.closing = True
+        ref.release_additional_reference()
+
+    def _ended(self, sid: int, code: int, text: str) -> None:
+        connection = self._connections.pop(sid, None)
+        if connection is None:
+            return
+        if access.isEnabledFor(logging.DEBUG):
+            access.debug("%d ended: %s (error %d)", sid, text, code)
+        if connection.session is not None:
+            connection.session.end(sid)
+
+    def drain(self) -> None:
+        """Close every connection as soon as it is idle; new ones are closed at once."""
+        self._draining = True
+        for sid in list(self._connections):
+            self._recheck(sid)

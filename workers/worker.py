@@ -1,0 +1,95 @@
+"""A worker: one process, one dispatcher, the connections that the supervisor places here.
+
+Started as ``python -m workers.worker NAME`` with its settings as JSON on standard input, which
+keeps a password out of ``ps``. SIGTERM drains: connections are closed as each falls idle, and the
+process ends with the last one. SIGINT is the supervisor's to handle: a terminal sends it to the
+whole foreground group.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+import typing
+
+from shmsock import Dispatcher, Runtime
+
+from .http import HttpProtocol
+from .hub import Hub
+from .messenger import Messenger
+from .pages import Pages
+
+log = logging.getLogger("shmsock")
+
+_DRAIN_LOOK_S = 0.05
+
+
+class Settings(typing.TypedDict):
+    """What a worker is told by its supervisor."""
+
+    log_level: str
+    password: str | None
+    pages_remote: bool
+    max_connections: int
+
+
+class Worker:
+    """The programs of one worker process."""
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        """Attach; connections come once ``run`` dispatches."""
+        self.runtime = Runtime.attach(name, role="worker")
+        self.dispatcher = Dispatcher(self.runtime)
+        pages = Pages(self.runtime, allow_remote=settings["pages_remote"], health=self._health)
+        hub = Hub(
+            self.runtime,
+            password=settings["password"],
+            max_connections=settings["max_connections"],
+        )
+        self.messenger = Messenger(self.runtime, self.dispatcher, (HttpProtocol(pages), hub))
+        self._draining = False
+
+    def _health(self) -> str | None:
+        if self._draining:
+            return "this worker is draining"
+        return None if self.runtime.host_alive() else "the supervisor is gone"
+
+    def run(self) -> None:
+        """Serve until drained."""
+        signal.signal(signal.SIGTERM, lambda *_: self.dispatcher.call_later(0, self.drain))
+        self.dispatcher.run()
+        self.dispatcher.close()
+        self.runtime.close()
+
+    def drain(self) -> None:
+        """Close connections as they fall idle, then stop."""
+        if not self._draining:
+            self._draining = True
+            log.info("process %d drains %d connections", self.runtime.index, len(self.messenger))
+            self.messenger.drain()
+            self._stop_when_drained()
+
+    def _stop_when_drained(self) -> None:
+        if len(self.messenger):
+            self.dispatcher.call_later(_DRAIN_LOOK_S, self._stop_when_drained)
+        else:
+            self.dispatcher.stop()
+
+
+def main() -> int:
+    """Run one worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    name = sys.argv[1]
+    settings: Settings = json.load(sys.stdin)
+    logging.basicConfig(
+        level=settings["log_level"],
+        format="%(asctime)s %(levelname)s worker[%(process)d] %(name)s: %(message)s",
+    )
+    Worker(name, settings).run()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
