@@ -90,7 +90,11 @@ class Reference(typing.Protocol):
 
 # ---------------------------------------------------------------------------------- glob patterns
 
-_STAR, _ANY = b".*", b"."
+_STAR, _ANY, _NEVER = b".*", b".", b"(?!)"
+# Compiling costs some microseconds a byte: a pattern of a megabyte would take a worker's minute.
+MAX_PATTERN_BYTES = 4096
+# Redis gives up on patterns with more stars (those at the end not counted), since CVE-2024-31228.
+_MAX_STARS = 1000
 
 
 def _parse_class(pattern: bytes, at: int) -> tuple[bytes, int]:
@@ -116,12 +120,20 @@ def _parse_class(pattern: bytes, at: int) -> tuple[bytes, int]:
             at += 1
     if negated:
         chosen = set(range(256)) - chosen
+    return _one_of(chosen), at
+
+
+def _one_of(chosen: set[int]) -> bytes:
     if len(chosen) in (0, 256):
-        return (_ANY if chosen else b"(?!)"), at
-    return b"[" + b"".join(b"\\x%02x" % byte for byte in sorted(chosen)) + b"]", at
+        return _ANY if chosen else _NEVER
+    # As ranges: the expression stays as long as the pattern was.
+    firsts = sorted(byte for byte in chosen if byte - 1 not in chosen)
+    lasts = sorted(byte for byte in chosen if byte + 1 not in chosen)
+    ranges = zip(firsts, lasts, strict=True)
+    return b"[" + b"".join(b"\\x%02x-\\x%02x" % ends for ends in ranges) + b"]"
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=128)
 def _parse(pattern: bytes) -> tuple[int | bytes, ...]:
     """Cut a glob into literal bytes (int) and regular expressions; runs of stars are one."""
     elements: list[int | bytes] = []
@@ -145,19 +157,24 @@ def _parse(pattern: bytes) -> tuple[int | bytes, ...]:
     return tuple(elements)
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=128)
 def compile_glob(pattern: bytes) -> re.Pattern[bytes]:
     """Translate a glob as Redis matches it (stringmatchlen of 7.0) for use with ``fullmatch``.
 
-    Two oddities of the original are kept: an empty name matches the empty pattern alone, not even
+    The oddities of the original are kept: an empty name matches the empty pattern alone, not even
     ``*`` (KEYS never asks about a bare ``*``, and neither does ``Groups.names``); ``[a-]`` is a
-    range that ends in ``]``. One is not: no limit of 1,000 stars.
+    range that ends in ``]``; more than 1,000 stars match nothing.
 
     A pattern may come from an enemy. Between two stars stands a run of fixed length, so the first
     place where it fits is as good as any later one and never needs to be reconsidered: every star
     but the last is atomic, and the cost is at most name times pattern. Atomic groups and not
     possessive quantifiers, which are wrong before CPython 3.11.5 (gh-106052).
+
+    Raises:
+        ValueError: The pattern has more than ``MAX_PATTERN_BYTES``.
     """
+    if len(pattern) > MAX_PATTERN_BYTES:
+        raise ValueError(f"a pattern has at most {MAX_PATTERN_BYTES} bytes, not {len(pattern)}")
     elements = _parse(pattern)
     if elements == (_STAR,):
         return re.compile(b".+", re.DOTALL)
@@ -167,6 +184,8 @@ def compile_glob(pattern: bytes) -> re.Pattern[bytes]:
             runs.append(b"")
         else:
             runs[-1] += re.escape(bytes((element,))) if isinstance(element, int) else element
+    if len(runs) - 1 - (not runs[-1]) > _MAX_STARS:
+        return re.compile(_NEVER)
     source = runs[0] + b"".join(b"(?>.*?" + run + b")" for run in runs[1:-1])
     if len(runs) > 1:
         source += _STAR + runs[-1]
@@ -224,7 +243,8 @@ class _Store:
     """
 
     def __init__(self, place: _Place, map_size_bytes: int) -> None:
-        self.holders = 0
+        # Weak: a Groups that was dropped without a close holds nothing.
+        self.holders: weakref.WeakSet[Groups] = weakref.WeakSet()
         self._place = place
         self._directory = place[0]
         self._map_size_bytes = map_size_bytes
@@ -369,6 +389,9 @@ def _open_databases(env: lmdb.Environment) -> _Opened:
     # WHY NOT a read transaction when they exist: handles opened in one are closed with it, because
     # py-lmdb ends it by a reset. Nor open_db by itself: it waits for a writer with the GIL held.
     try:
+        # An open needs a row itself and cannot reap before it has one. So everyone reaps the dead
+        # of earlier days right here, and the table never fills with them.
+        env.reader_check()
         with env.begin(write=True) as txn:
             return _Opened(
                 env,
@@ -470,7 +493,8 @@ class Groups:
     """Named sets of SocketIds, shared by all processes of a runtime.
 
     Args:
-        directory: The runtime's run directory. Nothing is opened before the first use.
+        directory: In the runtime's run directory; made if it is not there. Nothing is opened
+            before the first use.
         address: Turns an id into a reference, or None once it no longer addresses.
         is_live: False once the id has failed or gone; called inside transactions, so it must
             neither wait nor use these groups.
@@ -562,7 +586,11 @@ class Groups:
         return len(self.members(name))
 
     def names(self, pattern: bytes | str = b"*") -> list[bytes]:
-        """The groups that match a Redis glob and have a live member, sorted."""
+        """The groups that match a Redis glob and have a live member, sorted.
+
+        Raises:
+            ValueError: The pattern has more than ``MAX_PATTERN_BYTES``.
+        """
         pattern = _bytes(pattern)
         matches = compile_glob(pattern).fullmatch if pattern != b"*" else None
         start = b"n" + _literal_prefix(pattern)[:_SHORT_BYTES]
@@ -633,7 +661,7 @@ class Groups:
             self._closed = True
             store, self._store = self._store, None
             if store is not None:
-                store.holders -= 1
+                store.holders.discard(self)
                 store.close_if_unheld()
 
     def _shared(self) -> _Store:
@@ -641,12 +669,14 @@ class Groups:
             if self._closed:
                 raise ClosedError("these groups are closed")
             if self._store is None:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(self._directory, 0o700)
                 status = os.stat(self._directory)
                 place = (self._directory, status.st_dev, status.st_ino)
                 self._store = _stores.get(place)
                 if self._store is None:
                     self._store = _stores[place] = _Store(place, self._map_size_bytes)
-                self._store.holders += 1
+                self._store.holders.add(self)
             return self._store
 
     def _read(self, operation: collections.abc.Callable[[_Txn, _Opened], _T]) -> _T:
@@ -665,7 +695,7 @@ class Groups:
                 return True
             stale.append((key, value))
             more = cursor.next_dup()
-        cursor.set_key(key)  # next_dup at the end left it nowhere
+        cursor.set_key(key)  # not to rely on where a next_dup that failed leaves it
         return False
 
     def _drop(self, stale: list[tuple[bytes, bytes]]) -> None:

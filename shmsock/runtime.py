@@ -485,8 +485,10 @@ class Runtime:
         """Named sets of sockets, shared by all processes; needs the ``server`` extra (LMDB)."""
         self._check()
         if self._groups is None:
+            directory = f"{self.run_directory}/groups"
+            os.makedirs(directory, 0o700, exist_ok=True)
             self._groups = Groups(
-                f"{self.run_directory}/groups",
+                directory,
                 address=self.address,
                 is_live=lambda sid: self._engine.status(sid) is Status.LIVE,
                 fetch=self._prefetch,
@@ -544,9 +546,10 @@ class Runtime:
                 self._semaphores.forget_retired(stripe, control >> 2)
 
     def _adopt_dispatcher(self, dispatcher: Dispatcher | None) -> Service:
-        self._check()
-        if dispatcher is not None and self._dispatcher is not None:
-            raise ValueError("this Runtime has a Dispatcher already: one a process is enough")
+        if dispatcher is not None:
+            self._check()
+            if self._dispatcher is not None:
+                raise ValueError("this Runtime has a Dispatcher already: one a process is enough")
         self._dispatcher = dispatcher
         return self._service
 

@@ -1,0 +1,1 @@
+"""The programs: command line, supervisor, workers, and what they speak."""

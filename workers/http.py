@@ -207,8 +207,8 @@ class HttpSession:
         return not self._closed
 
     def idle(self) -> bool:
-        """Whether we are between two requests."""
-        return not self._buffer and not self._head_bytes
+        """Whether we are between two requests, or after the last."""
+        return self._closed or (not self._buffer and not self._head_bytes)
 
     def messages(self) -> int:
         """Requests handed to the handler."""

@@ -58,7 +58,7 @@ class Worker:
 
     def run(self) -> None:
         """Serve until drained."""
-        signal.signal(signal.SIGTERM, lambda *_: self.dispatcher.call_later(0, self.drain))
+        signal.signal(signal.SIGTERM, lambda *_: self.dispatcher.call_soon(self.drain))
         self.dispatcher.run()
         self.dispatcher.close()
         self.runtime.close()

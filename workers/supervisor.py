@@ -1,0 +1,324 @@
+"""The supervisor: host of the runtime. Binds, accepts, places, respawns, drains.
+
+It stays off the path of established connections: it accepts one, makes it a Socket owned by the
+least-loaded live worker, passes (SocketId, descriptor) on, and keeps a duplicate in the store.
+
+Signal handlers only queue; the dispatcher's loop acts.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import contextlib
+import dataclasses
+import errno
+import functools
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+from shmsock import Dispatcher, Runtime, TableFullError
+
+from .listeners import Listener
+from .worker import Settings
+
+log = logging.getLogger("shmsock")
+
+ACCEPT_BATCH = 128
+PAUSE_S = 0.1  # out of descriptors: look away from the listeners
+COUNT_FOR_S = 0.01  # how long a count of owned sockets is good for
+BACK_OFF_S = (0.1, 5.0)
+HEALTHY_AFTER_S = 5.0  # a worker that lived this long starts its back-off anew
+GIVE_UP_AFTER = 5  # deaths in a row before anything was ready
+KILL_GRACE_S = 5.0
+
+_FULL_REPLY = b"-ERR max number of clients reached\r\n"
+_FULL_PAGE = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain\r\nConnection: close\r\n"
+    b"Retry-After: 1\r\nContent-Length: 30\r\n\r\nmax number of clients reached\n"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What ``shmsock serve`` was asked for."""
+
+    name: str
+    bind: tuple[str, ...]
+    workers: int
+    slots: int
+    max_connections: int
+    backlog: int
+    graceful_timeout_s: float
+    max_unwritten_bytes: int
+    log_level: str
+    password: str | None = None
+    pages_remote: bool = False
+
+
+@dataclasses.dataclass
+class Child:
+    """One worker process and its place in the count of workers."""
+
+    process: subprocess.Popen[bytes]
+    pidfd: int
+    started_s: float
+    index: int = -1  # its process row, once it has joined
+
+
+class Supervisor:
+    """One running server."""
+
+    def __init__(self, config: Config) -> None:
+        """Create the runtime and bind; nothing is accepted yet.
+
+        Raises:
+            AlreadyRunningError: The name is taken by a live runtime.
+            OSError: An address cannot be bound, or /dev/shm is too small.
+            ValueError: An address is none.
+        """
+        self.config = config
+        self.listeners: list[Listener] = []
+        self.runtime = Runtime.create(
+            config.name, slots=config.slots, max_unwritten_bytes=config.max_unwritten_bytes
+        )
+        try:
+            for address in config.bind:
+                self.listeners.append(Listener(address, config.backlog))
+        except BaseException:
+            self._tear_down()
+            raise
+        self.dispatcher = Dispatcher(self.runtime)
+        self.children: list[Child] = []
+        self.exit_code = 0
+        self._accepting = False
+        self._draining = False
+        self._failures = 0  # deaths in a row of workers that never joined
+        self._back_off_s = BACK_OFF_S[0]
+        self._loads = np.zeros(0, "i8")
+        self._counted_s = 0.0
+        self._told: set[str] = set()
+        self._on_ready: collections.abc.Callable[[], object] | None = None
+        self.runtime.on_join(self._joined)
+
+    # -- the life of the server -----------------------------------------------------------------
+
+    def run(self, on_ready: collections.abc.Callable[[], object] | None = None) -> int:
+        """Serve until SIGTERM or SIGINT, then drain.
+
+        Args:
+            on_ready: Called once, when every worker has joined.
+
+        Returns:
+            An exit code: 0, or 1 when workers never came up.
+        """
+        self._on_ready = on_ready
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self.dispatcher.call_soon(self._stop_asked))
+        try:
+            for _ in range(self.config.workers):
+                self._spawn()
+            self.dispatcher.run()
+        finally:
+            for child in self.children:
+                with contextlib.suppress(ProcessLookupError):
+                    child.process.kill()
+                child.process.wait()
+                os.close(child.pidfd)
+            self._tear_down()
+        return self.exit_code
+
+    def _tear_down(self) -> None:
+        for listener in self.listeners:
+            listener.close()
+        self.runtime.close()
+        self.runtime.unlink()
+
+    def _stop_asked(self) -> None:
+        if self._draining:
+            log.warning("asked to stop again: killing the workers")
+            self._kill()
+            return
+        self._draining = True
+        log.info("draining; ask again to stop at once")
+        self._stop_accepting()
+        for listener in self.listeners:
+            listener.close()
+        for child in self.children:
+            child.process.terminate()
+        self.dispatcher.call_later(self.config.graceful_timeout_s, self._kill)
+        self._stop_if_alone()
+
+    def _kill(self) -> None:
+        for child in self.children:
+            log.warning("worker %d did not stop in time: killed", child.process.pid)
+            child.process.kill()
+
+    def _stop_if_alone(self) -> None:
+        if self._draining and not self.children:
+            self.dispatcher.stop()
+
+    # -- workers --------------------------------------------------------------------------------
+
+    def _spawn(self) -> None:
+        """Start a worker: a fresh interpreter, so that nothing of ours is carried over."""
+        config = self.config
+        settings: Settings = {
+            "log_level": config.log_level,
+            "password": config.password,
+            "pages_remote": config.pages_remote,
+            "max_connections": config.max_connections,
+        }
+        process = subprocess.Popen(
+            [sys.executable, "-m", "workers.worker", config.name], stdin=subprocess.PIPE
+        )
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
+            pipe.write(json.dumps(settings).encode())
+        child = Child(process, os.pidfd_open(process.pid), time.monotonic())
+        self.children.append(child)
+        self.dispatcher.add_reader(child.pidfd, lambda: self._died(child))
+
+    def _joined(self, index: int) -> None:
+        pids = {row.index: row.pid for row in self.runtime.processes()}
+        for child in self.children:
+            if child.process.pid == pids.get(index):
+                child.index = index
+                self._failures = 0
+                log.info("worker %d is process %d", child.process.pid, index)
+        if not self._draining:
+            self._start_accepting()
+            if self._on_ready is not None and all(c.index >= 0 for c in self.children):
+                on_ready, self._on_ready = self._on_ready, None
+                on_ready()
+
+    def _died(self, child: Child) -> None:
+        self.dispatcher.remove_reader(child.pidfd)
+        os.close(child.pidfd)
+        self.children.remove(child)
+        code = child.process.wait()
+        self._counted_s = 0.0
+        self.runtime.repair()
+        if self._draining:
+            self._stop_if_alone()
+            return
+        lived_s = time.monotonic() - child.started_s
+        why = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
+        log.error("worker %d %s after %.1f s", child.process.pid, why, lived_s)
+        if child.index < 0:
+            self._failures += 1
+        if self._failures >= GIVE_UP_AFTER and not any(c.index >= 0 for c in self.children):
+            log.critical(
+                "%d workers in a row died before they were ready: giving up; the last one %s. "
+                "Its own messages are above",
+                self._failures,
+                why,
+            )
+            self.exit_code = 1
+            self._stop_asked()
+            return
+        healthy = child.index >= 0 and lived_s >= HEALTHY_AFTER_S
+        self._back_off_s = BACK_OFF_S[0] if healthy else min(2 * self._back_off_s, BACK_OFF_S[1])
+        if not self._ready():
+            self._stop_accepting()  # the backlog holds them until a worker is there
+        self.dispatcher.call_later(0 if healthy else self._back_off_s, self._respawn)
+
+    def _respawn(self) -> None:
+        if not self._draining and len(self.children) < self.config.workers:
+            self._spawn()
+
+    def _ready(self) -> list[int]:
+        return [child.index for child in self.children if child.index >= 0]
+
+    # -- accepting ------------------------------------------------------------------------------
+
+    def _start_accepting(self) -> None:
+        if not self._accepting and not self._draining:
+            self._accepting = True
+            for listener in self.listeners:
+                self.dispatcher.add_reader(
+                    listener.sock.fileno(), functools.partial(self._accept, listener.sock)
+                )
+
+    def _stop_accepting(self) -> None:
+        if self._accepting:
+            self._accepting = False
+            for listener in self.listeners:
+                self.dispatcher.remove_reader(listener.sock.fileno())
+
+    def _pause(self, why: str) -> None:
+        """Look away from the listeners for a moment instead of spinning; the backlog holds."""
+        self._tell_once(why)
+        self._stop_accepting()
+        self.dispatcher.call_later(PAUSE_S, self._resume)
+
+    def _resume(self) -> None:
+        if self._ready():
+            self._start_accepting()
+
+    def _tell_once(self, what: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            log.error("%s", what)
+
+    def _accept(self, listener: socket.socket) -> None:
+        """Accept a batch, place each connection, pass them on together."""
+        placed: dict[int, list[int]] = {}
+        room = self.config.max_connections - self.runtime.in_use()
+        for _ in range(ACCEPT_BATCH):
+            try:
+                sock, _address = listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                break
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    raise
+                self._pause(
+                    f"cannot accept ({error.strerror}): connections wait in the backlog; "
+                    "raise the open-files limit (ulimit -n)"
+                )
+                break
+            if room <= 0:
+                self._turn_away(sock, f"--max-connections {self.config.max_connections}")
+                continue
+            index = self._least_loaded()
+            try:
+                sid = self.runtime.create_socket(sock, owner=index)
+            except TableFullError:
+                self._turn_away(sock, f"--slots {self.runtime.slots}")
+                continue
+            except OSError:  # gone before we looked
+                sock.close()
+                continue
+            room -= 1
+            self._loads[index] += 1
+            placed.setdefault(index, []).append(sid)
+        for index, sids in placed.items():
+            self.runtime.pass_to(index, sids)
+
+    def _least_loaded(self) -> int:
+        """The live worker that owns the fewest sockets: an argmin over the table's owners."""
+        now = time.monotonic()
+        if now - self._counted_s > COUNT_FOR_S:
+            self._loads = self.runtime.owned_counts()
+            self._counted_s = now
+        ready = np.array(self._ready())
+        return int(ready[np.argmin(self._loads[ready])])
+
+    def _turn_away(self, sock: socket.socket, limit: str) -> None:
+        """Tell a client that there is no room, in its own protocol if it has spoken already."""
+        self._tell_once(f"full: connections are turned away at {limit}")
+        with sock, contextlib.suppress(OSError):
+            sock.setblocking(False)
+            head = b""
+            with contextlib.suppress(BlockingIOError):
+                head = sock.recv(1024)
+            sock.send(_FULL_PAGE if b" HTTP/1." in head else _FULL_REPLY, socket.MSG_NOSIGNAL)
+            sock.shutdown(socket.SHUT_WR)
