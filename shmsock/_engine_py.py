@@ -39,7 +39,9 @@ from __future__ import annotations
 
 import collections
 import collections.abc
+import contextlib
 import dataclasses
+import errno
 import itertools
 import logging
 import operator
@@ -91,7 +93,9 @@ class NewSocket:
     kind: int = 0
     peer: bytes = b""
     user_data: bytes = b""
-    slot: int = -1  # filled in: where it went
+    slot: int = -1  # filled in: where it went, and as what
+    sid: int = 0
+    created_ns: int = 0
 
 
 def attached(cells: Cells, slot: int, processes: int) -> int:
@@ -240,7 +244,6 @@ class Engine:
         self._holds: dict[int, set[int]] = {}
         self._serials = itertools.count(1)
         self._dropped: collections.deque[tuple[int, int]] = collections.deque()
-        self._draining = False
         self._reference_type = reference_type
 
     # -- taking a stripe ------------------------------------------------------------------------
@@ -274,6 +277,8 @@ class Engine:
         Concurrency: naps between tries, without the local lock; never waits inside.
         If killed: the claim says where; recovery retires the stripe and recounts its block.
         """
+        if self.foreign:  # before the lock: a thread that the fork left behind may have it
+            self._check_participation()
         nap_s = _NAP_S[0]
         started = looked = 0.0
         while True:
@@ -358,12 +363,27 @@ class Engine:
             raise PoisonedError(
                 f"runtime {self.segment.name!r} failed its audit: restart its supervisor"
             )
-        if self.closed or self.cells.row_state[self.index] != self._row_word:
+        # A forked child's inherited engine would claim in its parent's name.
+        if self.foreign or self.closed or self.cells.row_state[self.index] != self._row_word:
             raise ClosedError(
                 f"this process is no participant of runtime {self.segment.name!r} any more: "
                 "Runtime.attach again"
             )
         return 0
+
+    def own_up(self) -> None:
+        """Say BROKEN where an exception in ``_break`` itself left a WANT or OWN of ours.
+
+        Under the local lock none of our threads is inside, so a claim of ours is a leftover; others
+        would wait for it for ever if we never took that stripe again. For the timer.
+        """
+        claims = self.cells.claims
+        with self.lock:
+            if self.closed or self.cells.row_state[self.index] != self._row_word:
+                return
+            for mine in range(self._claims_at, self._claims_at + self._stripes):
+                if claims[mine]:
+                    claims[mine] = claims[mine] | BROKEN
 
     def _blockers(self, stripe: int, waited_s: float) -> str:
         names = {WANT: "WANT", OWN: "OWN", BROKEN: "BROKEN"}
@@ -390,17 +410,22 @@ class Engine:
         If killed: before ``state`` is LIVE nothing has happened; after, the socket is the owner's.
         """
         self._next_stripe += 1
-        for turn in range(self._stripes):
-            stripe = (self._next_stripe + turn) % self._stripes
-            if self._find_free(stripe) < 0:
-                continue
-            try:
-                if self.run(stripe, self._create, stripe, new):
-                    version = self.cells.versioned_ref[new.slot] >> SLOT_BITS
-                    return version << SLOT_BITS | new.slot
-            except BaseException:
-                self._abandon_creation(new)
-                raise
+        first = self._next_stripe
+        # One try each, then wait: a stripe in which a live process was stopped is passed over.
+        for patience_s in (0.0, STRIPE_TIMEOUT_S):
+            for turn in range(self._stripes):
+                stripe = (first + turn) % self._stripes
+                if self._find_free(stripe) < 0:
+                    continue
+                try:
+                    if self.run(stripe, self._create, stripe, new, patience_s=patience_s):
+                        return new.sid
+                except StripeTimeoutError:
+                    if patience_s:
+                        raise
+                except BaseException:
+                    self._abandon_creation(new)
+                    raise
         raise TableFullError(
             f"all {self._slots} slots are in use: raise `slots` of Runtime.create "
             "(or --slots of `shmsock serve`), or close connections"
@@ -434,17 +459,18 @@ class Engine:
         cells.owner[slot] = new.owner
         version = cells.versioned_ref[slot] >> SLOT_BITS
         cells.versioned_ref[slot] = version << SLOT_BITS | 1
-        new.slot = slot
+        # WHY NOT read the version again outside: the socket may have failed by then.
+        new.slot, new.sid, new.created_ns = slot, version << SLOT_BITS | slot, now_ns
         cells.state[slot] = LIVE  # ORDER: last; before it the slot is as free as it was
         cells.hint[stripe] = found + 1
         return DONE
 
     def _abandon_creation(self, new: NewSocket) -> None:
         """An exception took the new id from its caller: nobody else will ever end that socket."""
-        slot = new.slot
-        if slot >= 0 and self.cells.state[slot] == LIVE and self.cells.owner[slot] == new.owner:
-            version = self.cells.versioned_ref[slot] >> SLOT_BITS
-            self.set_failed(version << SLOT_BITS | slot, 0, "creation was interrupted")
+        slot, cells = new.slot, self.cells
+        # The slot may never have been ours, and be another thread's new socket of the same version.
+        if slot >= 0 and cells.state[slot] == LIVE and cells.created_ns[slot] == new.created_ns:
+            self.set_failed(new.sid, errno.ECANCELED, "creation was interrupted")
 
     def _slot_of(self, sid: int) -> int:
         """The slot that a well-formed id names, or -1."""
@@ -466,7 +492,14 @@ class Engine:
         return Status.GONE
 
     def set_failed(self, sid: int, code: int, text: str) -> int:
-        """Fail a socket: DONE for the one winner, RECYCLED if nobody held it any more."""
+        """Fail a socket: DONE for the one winner, RECYCLED if nobody held it any more.
+
+        Raises:
+            ValueError: ``code`` does not fit 32 bits: found here, not inside the stripe.
+        """
+        code = operator.index(code)
+        if not -1 << 31 <= code < 1 << 31:
+            raise ValueError(f"error code {code} does not fit 32 bits")
         slot = self._slot_of(sid)
         if slot < 0 or self.cells.versioned_ref[slot] >> SLOT_BITS != sid >> SLOT_BITS:
             return NOTHING
@@ -549,9 +582,11 @@ class Engine:
         sid, data = argument
         if not self._is_live(slot, sid):
             return NOTHING
-        idle = 1 - (self.cells.selector[slot] & 1)
-        self.segment.columns.user_data[slot, idle] = data
-        self.cells.selector[slot] = idle
+        # The low bit selects. The others count, or a reader that copies while two stores pass would
+        # find the selector as it was and take a torn copy for a good one.
+        following = (self.cells.selector[slot] + 1) & 0xFF
+        self.segment.columns.user_data[slot, following & 1] = data
+        self.cells.selector[slot] = following
         return DONE
 
     # -- references -----------------------------------------------------------------------------
@@ -585,6 +620,8 @@ class Engine:
         if not result:
             stripe = slot // self._block
             result = self.run(stripe, self._attach, slot, argument, quick=self._attach_again)
+        elif self._dropped:
+            self.drain()
         if result == DONE:
             return reference
         reference._serial = 0
@@ -618,12 +655,18 @@ class Engine:
     def add_reference(self, reference: Reference) -> Reference:
         """One more reference beside one that is held: needs no look at the version."""
         sid = reference.id
+        if self.foreign:
+            self._check_participation()
         another = self._reference_type(self, sid, next(self._serials))
         with self.lock:
             serials = self._holds.get(sid & SLOT_MASK)
-            if serials is not None and reference._serial in serials:
+            known = serials is not None and reference._serial in serials
+            if serials is not None and known:
                 serials.add(another._serial)
-                return another
+        if self._dropped:
+            self.drain()
+        if known:
+            return another
         another._serial = 0
         raise ClosedError("the reference is closed: address the socket again")
 
@@ -648,6 +691,8 @@ class Engine:
                 return
             except (ClosedError, PoisonedError):
                 return
+        elif self._dropped:
+            self.drain()
         self._after_detach(sid, result)
 
     def _detach_one(self, slot: int, serial: int) -> int:
@@ -670,46 +715,52 @@ class Engine:
             self.let_go(sid, bool(result & RECYCLED))
 
     def dropped_reference(self, sid: int, serial: int) -> None:
-        """From a finaliser, which may run inside a stripe or the local lock: never wait.
-
-        The lock is not reentrant, so having it at once means that nobody of us is inside.
-        """
+        """From a finaliser, which may run inside a stripe or the local lock: never wait."""
         if self.foreign or self.closed:
             return
         self._dropped.append((sid, serial))
+        self.drain()
+
+    def drain(self) -> None:
+        """Give back what finalisers and signal handlers dropped; never waits.
+
+        What cannot be had now stays in the deque: whoever has the local lock drains after letting
+        it go, and so does the timer. Repeating an item is harmless, so it leaves last.
+        """
+        late = 0
+        while len(self._dropped) > late:
+            try:
+                item = self._dropped[0]
+            except IndexError:  # another thread drained it meanwhile
+                return
+            try:
+                if not self._give_back(*item):
+                    self._dropped.rotate(-1)
+                    late += 1
+                    continue
+            except (ClosedError, PoisonedError):
+                return
+            with contextlib.suppress(ValueError):
+                self._dropped.remove(item)
+
+    def _give_back(self, sid: int, serial: int) -> bool:
+        """Dereference if neither the local lock nor the stripe must be waited for.
+
+        The lock is not reentrant, so having it at once means that nobody of us is inside.
+        """
         if not self.lock.acquire(blocking=False):
-            return
+            return False
         try:
             slot = sid & SLOT_MASK
             result = self._detach_one(slot, serial)
             if not result:
                 result = self._attempt(slot // self._block, self._detach, slot, serial)
-                if result == _CONTENDED:
-                    return
-            self._dropped.remove((sid, serial))
-        except (ClosedError, PoisonedError):
-            return
         finally:
             self.lock.release()
+        if result == _CONTENDED:
+            return False
         self._after_detach(sid, result)
-
-    def drain(self) -> None:
-        """Give back what finalisers and signal handlers could not.
-
-        Repeating an item is harmless, so it leaves the deque only once it is done.
-        """
-        if self._draining:  # our own dereference came back here
-            return
-        self._draining = True
-        try:
-            for _ in range(len(self._dropped)):
-                item = self._dropped[0]
-                self.dereference(*item)
-                self._dropped.remove(item)
-        except (IndexError, ValueError):
-            pass  # another thread drained it meanwhile
-        finally:
-            self._draining = False
+        return True
 
     def count(self, slot: int) -> int:
         """How many references this process has on a slot; the local lock should be held."""

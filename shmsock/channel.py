@@ -28,6 +28,7 @@ import os
 import select
 import socket
 import struct
+import threading
 import time
 import typing
 
@@ -139,6 +140,13 @@ def receive(sock: socket.socket, flags: int = socket.MSG_DONTWAIT) -> Message | 
     return message
 
 
+def _is_open(fd: int) -> bool:
+    try:
+        return fd >= 0 and bool(os.fstat(fd))
+    except OSError:
+        return False
+
+
 def close_all(descriptors: collections.abc.Iterable[int]) -> None:
     """Close received descriptors nobody wants."""
     for fd in descriptors:
@@ -154,6 +162,8 @@ def peer_uid(sock: socket.socket) -> int:
 
 class Link:
     """One end of a channel in a service loop: queues what cannot be sent, never waits.
+
+    Concurrency: ``tell``, ``flush`` and ``close`` from any thread; messages are heard in the loop.
 
     Args:
         sock: Connected, non-blocking.
@@ -184,6 +194,8 @@ class Link:
         self._on_message, self._on_end = on_message, on_end
         self._queue: collections.deque[tuple[int, list[int], int]] = collections.deque()
         self._wants_out = False
+        # Reentrant: what ``on_end`` and ``resolve`` do may come back here.
+        self._lock = threading.RLock()
         watch(sock.fileno(), select.EPOLLIN, self._handle)
 
     @property
@@ -194,13 +206,14 @@ class Link:
     def tell(self, kind: int, ids: collections.abc.Iterable[int], code: int = 0) -> bool:
         """Send, or queue behind what waits; false when the queue is full and it was dropped."""
         ids = list(ids)
-        for begin in range(0, len(ids), MAX_IDS):
-            if len(self._queue) >= _QUEUE_LIMIT:
-                self.full_since = self.full_since or time.monotonic()
-                return False
-            self._queue.append((kind, ids[begin : begin + MAX_IDS], code))
-        self.flush()
-        return not self.closed
+        with self._lock:
+            for begin in range(0, len(ids), MAX_IDS):
+                if len(self._queue) >= _QUEUE_LIMIT:
+                    self.full_since = self.full_since or time.monotonic()
+                    return False
+                self._queue.append((kind, ids[begin : begin + MAX_IDS], code))
+            self.flush()
+            return not self.closed
 
     def is_stuck(self) -> bool:
         """Whether the peer has not read for so long that it counts as dead."""
@@ -208,29 +221,42 @@ class Link:
 
     def flush(self) -> None:
         """Send what waits, until the peer's queue is full."""
-        blocked = False
-        while self._queue and not blocked and not self.closed:
-            kind, ids, code = self._queue[0]
-            descriptors: list[int] = []
-            if kind in WITH_DESCRIPTORS:
-                pairs = [(sid, fd) for sid in ids if (fd := self._resolve(sid)) >= 0]
-                ids, descriptors = [sid for sid, _ in pairs], [fd for _, fd in pairs]
-            try:
-                if ids:
-                    send(self.sock, kind, ids, descriptors, code)
-            except BlockingIOError as error:
-                if error.errno != errno.EAGAIN:
-                    return  # EPOLLOUT would not wait for these; the owner's timer flushes again
-                blocked = True
-            except OSError:
-                self.close()
-            else:
-                self._queue.popleft()
-                self.full_since = 0.0
-        if not self.closed and self._wants_out != blocked:
-            self._wants_out = blocked
-            events = select.EPOLLIN | (select.EPOLLOUT if blocked else 0)
-            self._watch(self.sock.fileno(), events, self._handle)
+        with self._lock:
+            blocked = False
+            while self._queue and not blocked and not self.closed:
+                kind, ids, code = self._queue[0]
+                try:
+                    self._send(kind, ids, code)
+                except BlockingIOError as error:
+                    if error.errno != errno.EAGAIN:
+                        return  # EPOLLOUT would not wait for these; the owner's timer flushes again
+                    blocked = True
+                except OSError as error:
+                    if error.errno == errno.EBADF and kind in WITH_DESCRIPTORS and not self.closed:
+                        continue  # one was closed after the look: look again
+                    self.close()
+                else:
+                    self._queue.popleft()
+                    self.full_since = 0.0
+            if not self.closed and self._wants_out != blocked:
+                self._wants_out = blocked
+                events = select.EPOLLIN | (select.EPOLLOUT if blocked else 0)
+                self._watch(self.sock.fileno(), events, self._handle)
+
+    def _send(self, kind: int, ids: list[int], code: int) -> None:
+        descriptors: list[int] = []
+        lost: set[int] = set()
+        if kind in WITH_DESCRIPTORS:
+            pairs = [(sid, self._resolve(sid)) for sid in ids]
+            lost = {sid for sid, fd in pairs if not _is_open(fd)}
+            pairs = [(sid, fd) for sid, fd in pairs if sid not in lost]
+            ids, descriptors = [sid for sid, _ in pairs], [fd for _, fd in pairs]
+        # A number that another thread closes and reuses from here on names another file: whoever
+        # receives it compares the inode.
+        if ids:
+            send(self.sock, kind, ids, descriptors, code)
+        if lost and kind == GOT:  # who asked must not wait for what will not come
+            self._queue.append((GET_NO, sorted(lost), errno.ESTALE))
 
     def _handle(self, events: int) -> None:
         if events & select.EPOLLOUT:
@@ -251,8 +277,10 @@ class Link:
 
     def close(self) -> None:
         """Hang up; the end is told once."""
-        if not self.closed:
+        with self._lock:
+            if self.closed:
+                return
             self._unwatch(self.sock.fileno())
             self.sock.close()
             self._queue.clear()
-            self._on_end(self)
+        self._on_end(self)

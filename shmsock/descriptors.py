@@ -116,7 +116,7 @@ class Descriptors:
         self._limit = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._idle_fetchers: list[socket.socket] = []
         self._link: channel.Link | None = None
-        self._connecting = False
+        self._wants_link = False  # whether the timer should connect again
         engine.let_go = self._let_go
 
     # -- using a descriptor ---------------------------------------------------------------------
@@ -144,12 +144,15 @@ class Descriptors:
 
     def keep(self, sid: int, sock: socket.socket) -> Entry:
         """Cache a socket object; the one that is there already is kept instead."""
+        return self._keep(Entry(sid, sock))
+
+    def _keep(self, entry: Entry) -> Entry:
         if len(self._entries) >= self._limit:
             self._evict()
-        entry = self._entries.setdefault(sid, Entry(sid, sock))
-        if entry.sock is not sock:
-            sock.close()
-        return entry
+        kept = self._entries.setdefault(entry.sid, entry)
+        if kept is not entry:
+            self._close(entry)
+        return kept
 
     def watch_hang_up(self, entry: Entry) -> None:
         """Notice in the service loop when an idle duplicate's connection ends."""
@@ -185,16 +188,11 @@ class Descriptors:
             self._fetch(missing[begin : begin + channel.MAX_IDS])
 
     def _fetch(self, sids: list[int]) -> None:
+        deadline = time.monotonic() + FETCH_TIMEOUT_S
         if self.store is not None:
             for sid in sids:
-                try:
-                    fd = self.store.duplicate(sid)
-                except OSError as error:
-                    raise DescriptorError(f"no descriptor for the socket: {error}") from error
-                if fd >= 0:
-                    self._arrived(sid, fd)
+                self._fetch_here(self.store, sid, deadline)
             return
-        deadline = time.monotonic() + FETCH_TIMEOUT_S
         while True:
             # An idle connection may be one that an earlier host closed: then try a new one.
             reused = bool(self._idle_fetchers)
@@ -208,6 +206,19 @@ class Descriptors:
                         "see `shmsock ps` whether it runs"
                     ) from error
             sids = [sid for sid in sids if sid not in self._entries]
+
+    def _fetch_here(self, store: Store, sid: int, deadline: float) -> None:
+        """In the host: duplicate what the store has; a put that is on the way is waited for."""
+        try:
+            fd = store.duplicate(sid)
+            if fd < 0 and not self._service.is_current_thread() and store.wait_for(sid, deadline):
+                fd = store.duplicate(sid)
+        except OSError as error:
+            raise DescriptorError(f"no descriptor for the socket: {error}") from error
+        if fd >= 0:
+            self._arrived(sid, fd)
+        elif self._cells.versioned_ref[sid & SLOT_MASK] >> SLOT_BITS == sid >> SLOT_BITS:
+            raise DescriptorError("its creator has not handed the descriptor to the host yet")
 
     def _exchange(self, sids: list[int], deadline: float) -> None:
         try:
@@ -256,10 +267,14 @@ class Descriptors:
         if os.fstat(fd).st_ino != self._cells.inode[sid & SLOT_MASK]:
             os.close(fd)  # the slot has moved on between the host's look and ours
             return
-        entry = self.keep(sid, wrap(fd))
+        entry = Entry(sid, wrap(fd))
         entry.put = True
-        if not entry.pollers:
-            self.watch_hang_up(entry)
+        # ORDER: watched before others can find it, or this would replace their wish for EPOLLOUT.
+        self.watch_hang_up(entry)
+        self._keep(entry)
+        if self._cells.versioned_ref[sid & SLOT_MASK] >> SLOT_BITS != sid >> SLOT_BITS:
+            # The hang-up may have been reported before there was anything to close.
+            self._service.call_soon(functools.partial(self._hung_up, sid))
 
     # -- ending a descriptor --------------------------------------------------------------------
 
@@ -314,9 +329,17 @@ class Descriptors:
         if link is not None and not link.closed:
             self._service.call_soon(functools.partial(link.tell, channel.FAILED, [sid]))
             return
-        with contextlib.suppress(OSError):
-            sock = self._idle_fetchers.pop() if self._idle_fetchers else self._connect(1)
+        sock = None
+        try:
+            try:
+                sock = self._idle_fetchers.pop()
+            except IndexError:
+                sock = self._connect(1)
             channel.send(sock, channel.FAILED, [sid])
+        except OSError:
+            if sock is not None:
+                sock.close()
+        else:
             self._idle_fetchers.append(sock)
 
     def _evict(self) -> None:
@@ -324,9 +347,11 @@ class Descriptors:
         with self._engine.lock:
             idle = [
                 entry
-                for sid, entry in self._entries.items()
-                if entry.put and not self._engine.count(sid & SLOT_MASK)
+                for sid, entry in list(self._entries.items())
+                if entry.put
+                and not self._engine.count(sid & SLOT_MASK)
                 and self._cells.owner[sid & SLOT_MASK] != self._engine.word
+                and all(forget == self._service.unwatch for forget in entry.pollers)
             ]
             idle.sort(key=lambda entry: entry.used)
             evicted = idle[: max(1, len(self._entries) // 10)]
@@ -351,22 +376,26 @@ class Descriptors:
     def put(self, sid: int) -> None:
         """Give the host a duplicate; tried again by the timer until it is acknowledged."""
         if self.store is not None:
-            entry = self._entries[sid]
-            entry.put = True
-            self.store.keep(sid, wrap(os.dup(entry.fd)))
-        else:
+            entry = self._entries.get(sid)
+            if entry is not None:  # or it has failed already
+                self.store.keep(sid, wrap(os.dup(entry.fd)))
+                entry.put = True
+            return
+        link = self._link
+        if link is None or link.closed or not link.tell(channel.PUT, [sid]):
             self._service.call_soon(lambda: self._put([sid]))
-            self._service.ensure()
+        self._service.ensure()
 
     def _put(self, sids: list[int]) -> None:
         link = self.connect()
-        if link is not None:
+        if link is not None:  # else the timer tries again
             link.tell(channel.PUT, sids)
 
     def connect(self) -> channel.Link | None:
         """The channel to the host, in the service loop; None while there is no host."""
         if self.store is not None:
             return None
+        self._wants_link = True
         if self._link is None or self._link.closed:
             try:
                 sock = self._connect(0)
@@ -377,9 +406,6 @@ class Descriptors:
             self._link = channel.Link(
                 sock, service.watch, service.unwatch, self._fd_of, self._hear, lambda _: None
             )
-            mine = [sid for sid, entry in self._entries.items() if not entry.put]
-            if mine:
-                self._link.tell(channel.PUT, mine)
         return self._link
 
     def tick(self) -> None:
@@ -387,7 +413,7 @@ class Descriptors:
         self.sweep()
         if self.store is not None:
             self.store.sweep()
-        elif self._link is not None:
+        elif self._wants_link:
             link = self.connect()
             late = [sid for sid, entry in list(self._entries.items()) if not entry.put]
             if link is not None and late:

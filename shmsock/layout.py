@@ -27,6 +27,7 @@ PAGE_BYTES = 4096
 ALIGN_BYTES = 64
 
 INVALID_SOCKET_ID = 0
+_HEX = frozenset("0123456789abcdefABCDEF")
 SLOT_BITS = 32
 SLOT_MASK = (1 << SLOT_BITS) - 1
 VERSION_LIMIT = 1 << 31
@@ -86,9 +87,10 @@ def parse_socket_id(text: str) -> int:
     word = text.strip()
     version, dash, slot = word.removeprefix("sk-").partition("-")
     if word.startswith("sk-"):
-        well_formed = dash and slot.isascii() and slot.isdigit() and version.isascii()
-        if well_formed and version.isalnum() and len(version) <= 8 and len(slot) <= 10:
-            number = int(version, 16)  # ValueError on g to z
+        # WHY NOT int(version, 16) alone: it would take "0x1f", "1_f" and digits of any script.
+        well_formed = dash and slot.isascii() and slot.isdigit() and set(version) <= _HEX
+        if well_formed and 1 <= len(version) <= 8 and len(slot) <= 10:
+            number = int(version, 16)
             if number < VERSION_LIMIT and int(slot) <= SLOT_MASK:
                 return make_socket_id(number, int(slot))
     elif word.isascii() and word.isdigit() and len(word) <= 19 and int(word) < 1 << 63:

@@ -77,11 +77,13 @@ class LockFile:
         """Called by ``open`` alone."""
         self.path = path
         self._fd = fd
+        status = os.fstat(fd)
+        self._inode = (status.st_dev, status.st_ino)
         self._held: set[int] = set()
         self._sharers = 0
         self._mutex = threading.Lock()
         self._exclusive = {
-            byte: threading.Lock() for byte in (ARBITER, HOST, REGISTRATION)
+            byte: threading.Lock() for byte in (ARBITER, REGISTRATION)
         }
 
     @classmethod
@@ -105,19 +107,25 @@ class LockFile:
                 low = os.open(path, flags, 0o600)
             except FileNotFoundError:
                 raise RuntimeNotFoundError(f"no runtime named {name!r} here") from None
-            fd = _move_high(low)
-            status = os.fstat(fd)
-            lock_file = cls(path, fd)
-            cls._open[status.st_dev, status.st_ino] = lock_file
+            lock_file = cls(path, _move_high(low))
+            cls._open[lock_file._inode] = lock_file
             return lock_file
 
     def is_current(self) -> bool:
         """Whether the path still names this file: it may have been unlinked while we waited."""
         try:
-            status, mine = os.stat(self.path), os.fstat(self._fd)
+            status = os.stat(self.path)
         except OSError:
             return False
-        return (status.st_dev, status.st_ino) == (mine.st_dev, mine.st_ino)
+        return (status.st_dev, status.st_ino) == self._inode and self._is_ours()
+
+    def _is_ours(self) -> bool:
+        """Whether our number still is this file: foreign code may have closed and reused it."""
+        try:
+            status = os.fstat(self._fd)
+        except OSError:
+            return False
+        return (status.st_dev, status.st_ino) == self._inode
 
     def _set(self, byte: int, kind: int) -> bool:
         request = _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0)
@@ -153,16 +161,18 @@ class LockFile:
                 self._close()
 
     def _close(self) -> None:
-        status = os.fstat(self._fd)
-        self._open.pop((status.st_dev, status.st_ino), None)
-        os.close(self._fd)
+        self._open.pop(self._inode, None)
+        self._held.clear()
+        if self._is_ours():
+            os.close(self._fd)
         self._fd = -1
 
     def drop(self, byte: int) -> None:
         """Let a byte go."""
         with self._mutex:
             self._held.discard(byte)
-            self._set(byte, fcntl.F_UNLCK)
+            if self._is_ours():
+                self._set(byte, fcntl.F_UNLCK)
 
     def holder(self, byte: int, kind: int = fcntl.F_WRLCK) -> int:
         """The pid of who keeps us from locking a byte; our own if we do; 0 when it is free.
@@ -170,7 +180,7 @@ class LockFile:
         A pid of another pid namespace is reported as a negative number or 0 by the kernel with a
         lock type other than F_UNLCK: it counts as held, by -1.
         """
-        if byte in self._held:
+        if byte in self._held or (byte == ATTACHED and self._sharers):
             return os.getpid()
         answer = fcntl.fcntl(
             self._fd, fcntl.F_GETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0)
@@ -185,6 +195,8 @@ class LockFile:
             False when one of them belongs to somebody else by now, or the file is gone from us.
         """
         with self._mutex:
+            if not self._is_ours():
+                return False
             try:
                 mine = all(self._set(byte, fcntl.F_WRLCK) for byte in sorted(self._held))
                 return mine and (not self._sharers or self._set(ATTACHED, fcntl.F_RDLCK))
@@ -204,16 +216,13 @@ class LockFile:
             yield False
             return
         try:
-            while not self.try_hold(byte):
-                if time.monotonic() >= deadline:
-                    yield False
-                    return
+            while not (got := self.try_hold(byte)) and time.monotonic() < deadline:
                 time.sleep(0.001)
-            try:
-                yield True
-            finally:
-                self.drop(byte)
+            yield got
         finally:
+            # Also after an exception between having it and saying so: the mutex makes us the only
+            # thread that may have this byte, and letting go of one that we do not have is nothing.
+            self.drop(byte)
             mutex.release()
 
     def forget_in_child(self) -> None:
@@ -285,16 +294,24 @@ class Processes:
                     continue
                 if not self.lock_file.try_hold(FIRST_ROW + index):
                     continue
-                epoch = (word >> 8) or 1
-                self._cells.row_pid[index] = os.getpid()
-                self._cells.row_started_ns[index] = time.monotonic_ns()
-                self._cells.row_heartbeat_ns[index] = time.monotonic_ns()
-                self._cells.row_role[index] = ROLES.index(role)
-                self._cells.row_state[index] = epoch << 8 | LIVE
-                return index, epoch
+                try:
+                    return index, self._fill_row(index, role)
+                except BaseException:  # whatever is in the row by now is a dead process's
+                    self.lock_file.drop(FIRST_ROW + index)
+                    raise
         raise TableFullError(
             f"all {self._count} process rows are taken: raise `processes` of Runtime.create"
         )
+
+    def _fill_row(self, index: int, role: str) -> int:
+        cells = self._cells
+        epoch = (cells.row_state[index] >> 8) or 1
+        cells.row_pid[index] = os.getpid()
+        cells.row_started_ns[index] = time.monotonic_ns()
+        cells.row_heartbeat_ns[index] = time.monotonic_ns()
+        cells.row_role[index] = ROLES.index(role)
+        cells.row_state[index] = epoch << 8 | LIVE
+        return epoch
 
     def _is_clean(self, index: int) -> bool:
         """Whether nothing of an earlier tenant is left in the row."""

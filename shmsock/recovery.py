@@ -92,6 +92,8 @@ class Recovery:
         If killed: the arbiter is free again and ctl, claims and row states say what is unfinished.
         """
         stripes = range(self._layout.stripes) if stripe is None else (stripe,)
+        if stripe is None and self._engine is not None:
+            self._engine.own_up()
         if not self._processes.dead() and not any(map(self._needs_retirement, stripes)):
             return True
         with self._processes.lock_file.exclusive(ARBITER, timeout_s=0) as arbiter:
@@ -180,8 +182,11 @@ class Recovery:
         ]
 
     def _drained(self, stripe: int, generation: int) -> bool:
-        """Step 5: wait for live owners of earlier generations; fence those who die meanwhile."""
-        deadline = time.monotonic() + DRAIN_TIMEOUT_S
+        """Step 5: wait for live owners of earlier generations; fence those who die meanwhile.
+
+        A blocker that was named already is only looked at: whoever repairs has others to serve.
+        """
+        deadline = time.monotonic() + (0 if stripe in self._blocked else DRAIN_TIMEOUT_S)
         nap_s = 50e-6
         while owners := self._live_owners(stripe, generation):
             if time.monotonic() >= deadline:

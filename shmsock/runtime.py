@@ -259,10 +259,10 @@ class Runtime:
 
     def _check(self) -> None:
         """Raise if closed; in a forked child, attach first."""
-        if self._pid != os.getpid():
-            self._attach_in_child()
         if self._closed:
             raise ClosedError(f"this Runtime of {self.name!r} is closed: attach again")
+        if self._pid != os.getpid():
+            self._attach_in_child()
 
     def _attach_in_child(self) -> None:
         with _fork_lock:
@@ -270,8 +270,8 @@ class Runtime:
                 return
             self._lock_file = LockFile.open(self.name, create=False)
             self._role = "client"
-            self._pid = os.getpid()
             self._join()
+            self._pid = os.getpid()  # last: until here every call tries to attach
 
     # -- sockets --------------------------------------------------------------------------------
 
@@ -304,16 +304,20 @@ class Runtime:
             owner=word,
             inode=os.fstat(sock.fileno()).st_ino,
             kind=kind_of(sock),
-            peer=peer_of(sock).encode()[:PEER_BYTES],
+            peer=peer_of(sock).encode("utf-8", "replace")[:PEER_BYTES],
             user_data=bytes(user_data),
         )
         sid = self._engine.create(new)
         held = _descriptors.wrap(sock.detach())
-        if word == self._engine.word or self._store is None:
-            self._descriptors.keep(sid, held)
-            self._descriptors.put(sid)
-        else:
-            self._store.keep(sid, held)
+        try:
+            if word == self._engine.word or self._store is None:
+                self._descriptors.keep(sid, held)
+                self._descriptors.put(sid)
+            else:
+                self._store.keep(sid, held)
+        except BaseException:  # nobody else has the id: nobody else would ever end it
+            self._io.set_failed(sid, errno.EMFILE, "it could not be created")
+            raise
         return sid
 
     def _word_of(self, index: int) -> int:
@@ -425,6 +429,8 @@ class Runtime:
     def attached(self, sid: int) -> list[int]:
         """The indexes of the processes attached to a socket."""
         self._check()
+        if self._engine.status(_index(sid)) is Status.GONE:
+            return []
         return self.attached_many(np.array([_index(sid)], "u8"))[0]
 
     def attached_many(self, ids: np.ndarray[typing.Any, typing.Any]) -> list[list[int]]:
@@ -522,12 +528,12 @@ class Runtime:
     def _hung_up(self, sid: int) -> None:
         self._writers.hung_up(sid)
         if self._dispatcher is not None and self._engine.status(sid) is not Status.LIVE:
-            self._dispatcher._ended(sid)
+            self._dispatcher._tell(self._dispatcher._ended, sid)
 
     def _arrived(self, sids: list[int]) -> None:
         dispatcher = self._dispatcher
         if dispatcher is not None and dispatcher._arrived is not None:
-            dispatcher._arrived(sids)
+            dispatcher._tell(dispatcher._arrived, sids)
 
     def _tick(self) -> None:
         """Once a second, in the service loop."""
@@ -537,7 +543,10 @@ class Runtime:
             log.error("runtime %r: this process was taken for dead; attach again", self.name)
             self._engine.closed = True
         self._engine.drain()
+        reaped = self._recovery.counters["reaped"]
         self._recovery.look()
+        if self._groups is not None and self._recovery.counters["reaped"] != reaped:
+            self._groups.reap_readers()
         self._writers.tick()
         self._descriptors.tick()
         self._semaphores.renew_spare()
@@ -639,6 +648,7 @@ class Runtime:
         for the child, and closing numbers first would leave them in the parent's set.
         """
         self._engine.foreign = True
+        self._engine.closed = True  # no inherited reference claims a stripe in the parent's name
         if self._dispatcher is not None:
             self._dispatcher._close_in_child()
             self._dispatcher = None

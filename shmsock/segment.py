@@ -234,8 +234,9 @@ class Segment:
             raise
         finally:
             shm.close_fd()
+        # ORDER: magic last of these: without it an attacher takes the segment for one that is still
+        # being created, and with it every other word is there.
         for word, value in (
-            ("magic", MAGIC),
             ("layout", LAYOUT),
             ("total_bytes", total_bytes),
             ("slots", layout.slots),
@@ -246,6 +247,7 @@ class Segment:
             ("first_version", 2 + 2 * secrets.randbelow((1 << 29) - 2)),
             ("uid", os.geteuid()),
             ("created_ns", time.monotonic_ns()),
+            ("magic", MAGIC),
         ):
             segment.set(word, value)
         segment.columns.versioned_ref[:] = segment.get("first_version") << 32
@@ -324,6 +326,15 @@ def _read_header(name: str, fd: int) -> Layout:
     for word, value in (("total_bytes", header["total_bytes"]), ("size", status.st_size)):
         if value != total_bytes:
             raise FormatError(f"/shmsock.{name}: {word} is {value}, its sizes give {total_bytes}")
+    first = header["first_version"]
+    for word, wrong in (
+        ("max_unwritten_bytes", header["max_unwritten_bytes"] == 0),
+        ("first_version", first % 2 == 1 or not 2 <= first < 1 << 30),
+        ("poisoned", header["poisoned"] > 1),
+        ("address_length", header["address_length"] > ADDRESS_BYTES),
+    ):
+        if wrong:
+            raise FormatError(f"/shmsock.{name}: {word} is {header[word]:#x}, which cannot be")
     return layout
 
 
@@ -405,7 +416,7 @@ class Semaphores:
     def forget_retired(self, stripe: int, generation: int) -> None:
         """Close the handles of generations before ``generation``; nobody may be using them."""
         handles = self._handles[stripe]
-        for old in [g for g in handles if g < generation]:
+        for old in [g for g in list(handles) if g < generation]:  # a repairer may be adding one
             handles.pop(old).close()
 
     def close(self) -> None:

@@ -56,10 +56,13 @@ class Service:
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
         self._lock = threading.Lock()  # timers and the thread
+        # Reentrant: a finaliser that runs inside may close a descriptor, which unwatches it.
+        self._watching = threading.RLock()
         self._soon: collections.deque[Call] = collections.deque()
         self._thread: threading.Thread | None = None
         self._adopted = False
         self._stopping = False
+        self._runner = 0  # the ident of the thread that runs the loop now
 
     # -- who runs it ----------------------------------------------------------------------------
 
@@ -74,16 +77,22 @@ class Service:
                 )
                 self._thread.start()
 
+    def is_current_thread(self) -> bool:
+        """Whether the caller is who runs the loop: it must not wait for what the loop does."""
+        return threading.get_ident() == self._runner
+
     def adopt(self) -> None:
         """Let a dispatcher run the loop from here on: the thread ends."""
         with self._lock:
             self._adopted = True
             thread, self._thread = self._thread, None
         self._join(thread)
+        self._runner = threading.get_ident()
 
     def release(self) -> None:
         """The dispatcher has stopped: a thread does the work again."""
         self._adopted = False
+        self._runner = 0
         self.ensure()
 
     def close(self) -> None:
@@ -114,6 +123,7 @@ class Service:
 
     def _run(self) -> None:
         me = threading.current_thread()
+        self._runner = threading.get_ident()
         while self._thread is me:
             self.run_once(self.delay_s())
 
@@ -160,12 +170,12 @@ class Service:
 
     def watch(self, fd: int, events: int, handler: Handler) -> None:
         """Call ``handler(events)`` in the loop; again with other events changes them."""
-        known = fd in self._handlers
-        self._handlers[fd] = handler
-        if known:
-            self.epoll.modify(fd, events)
-        else:
-            self.epoll.register(fd, events)
+        with self._watching:
+            if fd in self._handlers:
+                self.epoll.modify(fd, events)
+            else:
+                self.epoll.register(fd, events)
+            self._handlers[fd] = handler
 
     def unwatch(self, fd: int) -> None:
         """Forget a descriptor; always before it is closed.
@@ -173,9 +183,10 @@ class Service:
         With a duplicate alive elsewhere a closed number stays in the set for ever, reports events,
         and can no longer be removed.
         """
-        if self._handlers.pop(fd, None) is not None:
-            with contextlib.suppress(OSError, ValueError):
-                self.epoll.unregister(fd)
+        with self._watching:
+            if self._handlers.pop(fd, None) is not None:
+                with contextlib.suppress(OSError, ValueError):
+                    self.epoll.unregister(fd)
 
     def call_soon(self, call: Call) -> None:
         """Make a call in the loop; from any thread, and from signal handlers."""

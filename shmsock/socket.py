@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import errno
+import operator
 import socket
 import time
 import typing
 
 from .descriptors import Descriptors, Entry
 from .engine import Engine, Reference
-from .errors import SocketFailedError
-from .layout import SLOT_BITS, SLOT_MASK, USER_DATA_BYTES
+from .errors import ClosedError, SocketFailedError
+from .layout import LIVE, SLOT_BITS, SLOT_MASK, USER_DATA_BYTES, recycled_version
 from .segment import Segment
 from .writing import Buffer, Writers
 
@@ -43,7 +44,7 @@ class SocketRef(Reference):
     @property
     def peer(self) -> str:
         """Who is at the other end, as it was when the socket was created."""
-        raw = self._io.segment.columns.peer[self.id & SLOT_MASK]
+        raw = self._io.open_segment().columns.peer[self.id & SLOT_MASK]
         return bytes(raw).decode("utf-8", "replace")
 
     @property
@@ -135,15 +136,15 @@ class SocketRef(Reference):
         The owner stores True before the first recv of a message, and False once its parse buffer
         is empty and every answer is out.
         """
-        return bool(self._io.segment.cells.busy[self.id & SLOT_MASK])
+        return bool(self._io.open_segment().cells.busy[self.id & SLOT_MASK])
 
     @busy.setter
     def busy(self, busy: bool) -> None:
-        self._io.segment.cells.busy[self.id & SLOT_MASK] = busy
+        self._io.open_segment().cells.busy[self.id & SLOT_MASK] = busy
 
     def count_messages(self, count: int) -> None:
         """Add to the statistics of messages read; the owner's to call."""
-        self._io.segment.cells.messages_in[self.id & SLOT_MASK] += count
+        self._io.open_segment().cells.messages_in[self.id & SLOT_MASK] += count
 
     def set_failed(self, code: int = errno.ECONNABORTED, text: str = "") -> bool:
         """Fail the socket, as ``Runtime.set_failed``; true for the one winner."""
@@ -172,26 +173,47 @@ class SocketIO:
         self.writers: Writers
 
     def entry(self, reference: SocketRef) -> Entry:
-        """The cached descriptor of a held socket."""
+        """The cached descriptor of a held socket.
+
+        Raises:
+            ClosedError: The reference or the runtime was closed, or was inherited by a fork.
+        """
+        if reference.closed or self.engine.closed:
+            raise ClosedError("the reference is closed, or was inherited: address the socket again")
         try:
             return self.descriptors.get(reference.id)
         except LookupError:
             raise SocketFailedError(*self.error_of(reference.id)) from None
 
+    def open_segment(self) -> Segment:
+        """The segment; ClosedError after the runtime was closed, or in a forked child."""
+        if self.engine.closed:
+            raise ClosedError("this reference's runtime is closed here: attach and address again")
+        return self.segment
+
     def error_of(self, sid: int) -> tuple[int, str]:
-        """Code and text of a failed socket, or of one that is gone as far as that is known."""
+        """Code and text of a failed socket, or of one that is gone as far as that is known.
+
+        Recycling leaves the error where it is: it is lost when the slot is used again.
+        """
         slot = sid & SLOT_MASK
-        cells, columns = self.segment.cells, self.segment.columns
+        segment = self.open_segment()
+        cells, columns = segment.cells, segment.columns
         code = int(cells.error_code[slot])
         text = bytes(columns.error_text[slot]).decode("utf-8", "replace")
-        if cells.versioned_ref[slot] >> SLOT_BITS == (sid >> SLOT_BITS) + 1:
+        version = cells.versioned_ref[slot] >> SLOT_BITS
+        failed = (sid >> SLOT_BITS) + 1
+        if version == failed:
+            return code, text
+        if version == recycled_version(failed) and cells.state[slot] != LIVE and (code or text):
             return code, text
         return errno.ENOTCONN, "the socket is gone"
 
     def user_data(self, sid: int) -> bytes:
         """Read application data without a lock: version and selector, copy, both again."""
         slot = sid & SLOT_MASK
-        cells, columns = self.segment.cells, self.segment.columns
+        segment = self.open_segment()
+        cells, columns = segment.cells, segment.columns
         while True:
             seen = cells.versioned_ref[slot] >> SLOT_BITS, cells.selector[slot]
             data = bytes(columns.user_data[slot, seen[1] & 1])
@@ -207,6 +229,9 @@ class SocketIO:
 
     def set_failed(self, sid: int, code: int, text: str) -> bool:
         """Fail a socket; the winner ends the connection for everybody."""
+        code = operator.index(code)
+        if not -(1 << 31) <= code < 1 << 31:  # said here: inside, it would break the stripe
+            raise ValueError(f"an error code is a 32-bit number, not {code}")
         result = self.engine.set_failed(sid, code, text)
         if result:
             self.descriptors.shut_down(sid)

@@ -17,6 +17,8 @@ import os
 import secrets
 import select
 import socket
+import threading
+import time
 
 import numpy as np
 
@@ -58,6 +60,7 @@ class Store:
         self._workers: dict[int, channel.Link] = {}
         self._parked: dict[int, list[channel.Link]] = {}
         self._told_full = False
+        self._arrival = threading.Condition(threading.Lock())
         # Called with a process index when it can be passed sockets.
         self.on_join: collections.abc.Callable[[int], object] | None = None
         # Called with the ids whose hand-over did not arrive.
@@ -78,15 +81,35 @@ class Store:
     # -- the host's own use ---------------------------------------------------------------------
 
     def keep(self, sid: int, sock: socket.socket) -> None:
-        """Take over a socket object for an id."""
+        """Take over a socket object for an id; from any thread."""
         self._sockets[sid] = sock
+        with self._arrival:
+            self._arrival.notify_all()
         for link in self._parked.pop(sid, ()):
             link.tell(channel.GOT, [sid])
 
     def duplicate(self, sid: int) -> int:
         """A new descriptor for the host's own use, or -1."""
         sock = self._sockets.get(sid)
-        return os.dup(sock.fileno()) if sock is not None else -1
+        try:
+            return os.dup(sock.fileno()) if sock is not None else -1
+        except OSError as error:
+            if error.errno == errno.EBADF:  # dropped between the two lines
+                return -1
+            raise
+
+    def wait_for(self, sid: int, deadline: float) -> bool:
+        """Wait for an id's put; false if it failed meanwhile, or the time was over.
+
+        Not in the service loop, which is who receives the put.
+        """
+        with self._arrival:
+            while sid not in self._sockets:
+                left_s = deadline - time.monotonic()
+                if left_s <= 0 or not self._is_live(sid):
+                    return False
+                self._arrival.wait(min(left_s, 0.05))  # a failure is not notified
+        return True
 
     def pass_to(self, index: int, sids: list[int]) -> bool:
         """Tell a worker that these sockets are its own to read; false if it cannot be told."""
@@ -99,7 +122,7 @@ class Store:
         INVARIANT: afterwards every id kept here has the version it was kept with.
         """
         if self._sockets:
-            ids = np.fromiter(self._sockets, "u8", len(self._sockets))
+            ids = np.array(list(self._sockets), "u8")  # at once: other threads keep sockets too
             shift = np.uint64(SLOT_BITS)
             versions = self._segment.columns.versioned_ref[ids & np.uint64(SLOT_MASK)] >> shift
             stale = ids[versions != ids >> shift].tolist()
@@ -107,8 +130,8 @@ class Store:
                 self.drop(sid)
         else:
             stale = []
-        for sid in [sid for sid in self._parked if not self._is_live(sid)]:
-            for link in self._parked.pop(sid):
+        for sid in [sid for sid in list(self._parked) if not self._is_live(sid)]:
+            for link in self._parked.pop(sid, ()):
                 link.tell(channel.GET_NO, [sid], errno.ESTALE)
         for link in list(self._peers):
             if link.is_stuck():
@@ -129,7 +152,8 @@ class Store:
         slot = sid & SLOT_MASK
         cells = self._segment.cells
         return (
-            slot < self._segment.layout.slots
+            not sid >> SLOT_BITS & 1
+            and slot < self._segment.layout.slots
             and cells.versioned_ref[slot] >> SLOT_BITS == sid >> SLOT_BITS
             and cells.state[slot] == LIVE
         )
@@ -193,9 +217,11 @@ class Store:
         if self._workers.get(link.index) is link:
             del self._workers[link.index]
             self._on_hang_up()
-        for waiting in self._parked.values():
+        for sid, waiting in list(self._parked.items()):
             if link in waiting:
                 waiting.remove(link)
+            if not waiting:
+                self._parked.pop(sid, None)
 
     def _hear(self, link: channel.Link, message: channel.Message) -> None:
         if link.index < 0:
@@ -258,7 +284,12 @@ class Store:
                 continue
             if self._is_live(sid):
                 # Its put is on the way, or will fail with its creator.
-                self._parked.setdefault(sid, []).append(link)
+                waiting = self._parked.setdefault(sid, [])
+                if link not in waiting:
+                    waiting.append(link)
+                if sid in self._sockets:  # kept by another thread since we looked
+                    for each in self._parked.pop(sid, ()):
+                        each.tell(channel.GOT, [sid])
             else:
                 gone.append(sid)
         if gone:

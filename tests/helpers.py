@@ -10,6 +10,7 @@ import collections.abc
 import contextlib
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -241,5 +242,11 @@ def children(pid: int | str = "self") -> set[int]:
 
 
 def shared_names() -> set[str]:
-    """Everything of ours in /dev/shm."""
-    return {name for name in os.listdir("/dev/shm") if "shmsock." in name}
+    """Everything of ours in /dev/shm; what another test run works with is not ours."""
+    found = set()
+    for name in os.listdir("/dev/shm"):
+        other = re.search(r"shmsock\.[a-z]+(\d+)-", name)
+        foreign = other and int(other[1]) != os.getpid() and os.path.exists(f"/proc/{other[1]}")
+        if "shmsock." in name and not foreign:
+            found.add(name)
+    return found

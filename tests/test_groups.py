@@ -26,7 +26,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shmsock import groups as groups_module
+from shmsock import group_store as groups_module
 from shmsock.errors import (
     ClosedError,
     DescriptorError,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import collections.abc
+import contextlib
 import errno
 import json
 import logging
@@ -246,12 +247,25 @@ def _suggestions(address: str, name: str) -> list[str]:
     ]
 
 
+@contextlib.contextmanager
+def _attach(name: str) -> collections.abc.Iterator[Runtime]:
+    """Attach for one command, to a runtime in which somebody else lives."""
+    with Runtime.attach(name) as runtime:
+        others = [row for row in runtime.processes() if row.alive and row.index != runtime.index]
+        if not others:
+            raise RuntimeNotFoundError(
+                f"runtime {name!r} has no living process: only its names are left. The next "
+                f"`shmsock serve --name {name}` removes them, or `shmsock clean --name {name}`"
+            )
+        yield runtime
+
+
 # -- looking ------------------------------------------------------------------------------------
 
 
 def _conns(options: argparse.Namespace) -> int:
-    with Runtime.attach(options.name) as runtime:
-        rows = report.connections(runtime)
+    with _attach(options.name) as runtime:
+        rows = report.connections(runtime, name_of=_client_name())
     if options.json:
         print(json.dumps(rows))
     else:
@@ -259,8 +273,17 @@ def _conns(options: argparse.Namespace) -> int:
     return OK
 
 
+def _client_name() -> collections.abc.Callable[[bytes], str] | None:
+    """How the hub names its clients, where its extra is installed."""
+    try:
+        from .hub_client import client_name
+    except ImportError:
+        return None
+    return client_name
+
+
 def _ps(options: argparse.Namespace) -> int:
-    with Runtime.attach(options.name) as runtime:
+    with _attach(options.name) as runtime:
         rows = [row for row in report.processes(runtime) if row["index"] != runtime.index]
     if options.json:
         print(json.dumps(rows))
@@ -272,7 +295,7 @@ def _ps(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     from . import doctor
 
-    with Runtime.attach(options.name) as runtime:
+    with _attach(options.name) as runtime:
         findings = doctor.examine(runtime)
     broken = [finding for finding in findings if not finding["ok"]]
     if options.json:
@@ -288,7 +311,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _kick(options: argparse.Namespace) -> int:
-    with Runtime.attach(options.name) as runtime:
+    with _attach(options.name) as runtime:
         won = runtime.set_failed(options.id, errno.ECONNABORTED, options.reason)
     text = shmsock.format_socket_id(options.id)
     if won:
@@ -300,7 +323,7 @@ def _kick(options: argparse.Namespace) -> int:
 
 def _push(options: argparse.Namespace) -> int:
     data = sys.stdin.buffer.read() if options.text == "-" else os.fsencode(options.text)
-    with Runtime.attach(options.name) as runtime:
+    with _attach(options.name) as runtime:
         text = shmsock.format_socket_id(options.id)
         reference = runtime.address(options.id)
         if reference is None:

@@ -316,7 +316,7 @@ class RespSession:
         if spec.subcommands and len(args) > 1:
             container, spec = spec, spec.subcommands.get(args[1].lower())
             if spec is None:
-                word, name = resp.c_string(args[1]), container.name.upper().encode()
+                word, name = resp.c_string(args[1], 128), container.name.upper().encode()
                 raise resp.CommandError(b"ERR unknown subcommand '%s'. Try %s HELP." % (word, name))
         arity = spec.arity
         if spec.handler is None or (len(args) != arity if arity > 0 else len(args) < -arity):
@@ -357,7 +357,7 @@ def _unknown(args: resp.Command) -> bytes:
         if len(shown) >= 128:
             break
         shown += b"'%s' " % resp.c_string(arg, 128 - len(shown))
-    name = resp.c_string(args[0])
+    name = resp.c_string(args[0], 128)
     return b"ERR unknown command '%s', with args beginning with: %s" % (name, shown)
 
 

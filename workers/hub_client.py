@@ -99,6 +99,12 @@ class ClientInfo:
         )
 
 
+def client_name(user_data: bytes) -> str:
+    """What a client calls itself, for people; empty if it does not, or speaks no RESP."""
+    info = ClientInfo.unpack(user_data)
+    return info.name.decode("utf-8", "backslashreplace") if info is not None else ""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Client:
     """One line of CLIENT LIST."""
@@ -214,7 +220,7 @@ def _setinfo(session: RespSession, args: resp.Command) -> None:
     option, value = args[2], args[3]
     field = {b"lib-name": "lib_name", b"lib-ver": "lib_ver"}.get(option.lower())
     if field is None:
-        raise resp.CommandError(b"ERR Unrecognized option '%s'" % option)
+        raise resp.CommandError(b"ERR Unrecognized option '%s'" % resp.c_string(option))
     if not _PRINTABLE.issuperset(value):
         raise resp.CommandError(
             b"ERR %s cannot contain spaces, newlines or special characters." % option
@@ -246,7 +252,7 @@ _TYPES = {
 
 def _type_named(raw: bytes) -> str:
     if (kind := _TYPES.get(raw.lower())) is None:
-        raise resp.CommandError(b"ERR Unknown client type '%s'" % raw)
+        raise resp.CommandError(b"ERR Unknown client type '%s'" % resp.c_string(raw))
     return kind
 
 
@@ -295,7 +301,7 @@ def _filter(option: bytes, value: bytes) -> _Filter:
         return lambda client: client.type() == kind
     if option == b"user":
         if value != b"default":
-            raise resp.CommandError(b"ERR No such user '%s'" % value)
+            raise resp.CommandError(b"ERR No such user '%s'" % resp.c_string(value))
         return lambda client: True
     if option == b"maxage":
         if resp.strict_integer(value) is None:

@@ -205,15 +205,9 @@ def _command_info(session: RespSession, args: resp.Command) -> None:
         return
     version = session.info.resp
     found = [_find(session, name) for name in args[2:]]
+    missing = resp.null(version)
     session.reply_large(
-        resp.array(
-            [
-                (b"*-1\r\n" if version == 2 else b"_\r\n")
-                if spec is None
-                else _described(spec, version)
-                for spec in found
-            ]
-        )
+        resp.array([_described(spec, version) if spec else missing for spec in found])
     )
 
 
@@ -254,11 +248,14 @@ def _command_list(session: RespSession, args: resp.Command) -> None:
 
 
 def _config_get(session: RespSession, args: resp.Command) -> None:
-    matches = [compile_glob(pattern.lower()).fullmatch for pattern in args[2:]]
-    pairs: list[bytes] = []
-    for name, value in sorted(session.hub.config.items()):
-        if any(match(name) for match in matches):
-            pairs += resp.bulk(name), resp.bulk(value)
+    config, found = session.hub.config, {}
+    for pattern in args[2:]:
+        if pattern.lower() in config:
+            found[pattern] = config[pattern.lower()]  # spelled as it was asked for
+        else:
+            matches = compile_glob(pattern.lower()).fullmatch
+            found.update((name, value) for name, value in config.items() if matches(name))
+    pairs = [resp.bulk(word) for pair in found.items() for word in pair]
     session.reply(resp.mapping(pairs, session.info.resp))
 
 

@@ -36,8 +36,12 @@ def _echo(session: RespSession, args: resp.Command) -> None:
 
 def _select(session: RespSession, args: resp.Command) -> None:
     number = resp.strict_integer(args[1])
-    if number is None or not -(1 << 31) <= number < 1 << 31:
+    if number is None:
         raise resp.CommandError("ERR value is not an integer or out of range")
+    if not -(1 << 31) <= number < 1 << 31:
+        raise resp.CommandError(
+            "ERR value is out of range, value must between -2147483648 and 2147483647"
+        )
     if not 0 <= number < DATABASES:
         raise resp.CommandError("ERR DB index is out of range")
     session.change(db=number)
@@ -109,7 +113,8 @@ def _hello_options(session: RespSession, options: resp.Command) -> None:
             hub_client.set_name(session, options[at + 1])
             at += 2
         else:
-            raise resp.CommandError(b"ERR Syntax error in HELLO option '%s'" % options[at])
+            word = resp.c_string(options[at])
+            raise resp.CommandError(b"ERR Syntax error in HELLO option '%s'" % word)
 
 
 def _speak(session: RespSession, version: int) -> None:
@@ -185,7 +190,7 @@ def _pubsub_channels(session: RespSession, args: resp.Command) -> None:
     if len(args) > 3:
         raise resp.CommandError(
             b"ERR unknown subcommand or wrong number of arguments for '%s'. Try PUBSUB HELP."
-            % resp.c_string(args[1])
+            % resp.c_string(args[1], 128)
         )
     channels = session.hub.channels(args[2] if len(args) == 3 else b"*")
     session.reply_large(resp.array(list(map(resp.bulk, channels))))

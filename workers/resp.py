@@ -45,8 +45,8 @@ def error(text: str | bytes) -> bytes:
     return b"-" + raw.strip(b"\r\n").replace(b"\r", b" ").replace(b"\n", b" ") + b"\r\n"
 
 
-def c_string(raw: bytes, limit: int = 128) -> bytes:
-    """What Redis's errors show of an argument: up to a NUL, up to a length."""
+def c_string(raw: bytes, limit: int | None = None) -> bytes:
+    """What Redis's errors show of an argument: up to a NUL, perhaps up to a length."""
     return raw.split(b"\0", 1)[0][:limit]
 
 
@@ -323,6 +323,7 @@ _SHAPE = bytes(
     next((mark for members, mark in _CLASSES if byte in members), ord(".")) for byte in range(256)
 )
 _LARGE_HEADER = b"*00000"  # hiredis allocates what a header announces: at most 9,999 pointers
+_LISTS = {list}
 _NOT_PLAIN = b"\"'\0\v\f"
 
 
@@ -406,10 +407,14 @@ class CommandParser:
         reader.feed(data)
         try:
             commands = list(iter(reader.gets, _MORE))
-            # Nothing is left over, and nothing but "*" and "$" can have opened anything; then as
-            # many stars as arrays means that no array is inside another or unfinished.
-            whole = b"F" not in shape and shape.count(b"*") == len(commands)
-            if whole and not reader.has_data():
+            # Nothing is left over, nothing but "*" and "$" can have opened anything, each command
+            # is an array: then as many stars as arrays means that none is in another or unfinished.
+            if (
+                b"F" not in shape
+                and shape.count(b"*") == len(commands)
+                and set(map(type, commands)) == _LISTS
+                and not reader.has_data()
+            ):
                 return commands
             # Otherwise by what they must have looked like: there is one way to write a command.
             canonical = b"".join(map(hiredis.pack_command, map(tuple, commands)))

@@ -8,6 +8,7 @@ whole foreground group.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import signal
@@ -18,6 +19,7 @@ from shmsock import Dispatcher, Runtime
 
 from .http import HttpProtocol
 from .hub import Hub
+from .hub_client import client_name
 from .messenger import Messenger
 from .pages import Pages
 
@@ -42,14 +44,25 @@ class Worker:
         """Attach; connections come once ``run`` dispatches."""
         self.runtime = Runtime.attach(name, role="worker")
         self.dispatcher = Dispatcher(self.runtime)
-        pages = Pages(self.runtime, allow_remote=settings["pages_remote"], health=self._health)
+        pages = Pages(
+            self.runtime,
+            allow_remote=settings["pages_remote"],
+            health=self._health,
+            name_of=client_name,
+        )
+        http = HttpProtocol(pages, closing=lambda: self._draining)
         hub = Hub(
             self.runtime,
             password=settings["password"],
             max_connections=settings["max_connections"],
         )
-        self.messenger = Messenger(self.runtime, self.dispatcher, (HttpProtocol(pages), hub))
+        self.messenger = Messenger(self.runtime, self.dispatcher, (http, hub))
+        self.runtime.groups.on_crowded = self._end_crowded
         self._draining = False
+
+    def _end_crowded(self, sid: int) -> None:
+        """A subscriber that missed a message would not know: Redis ends it, and so do we."""
+        self.runtime.set_failed(sid, errno.ENOBUFS, "reads too slowly: over max_unwritten_bytes")
 
     def _health(self) -> str | None:
         if self._draining:
