@@ -12,7 +12,10 @@ import json
 import os
 import re
 import select
+import shutil
 import signal
+import socket
+import socket
 import subprocess
 import sys
 import textwrap
@@ -20,6 +23,12 @@ import time
 import traceback
 import typing
 import warnings
+
+import shmsock.engine
+import shmsock.layout
+import shmsock.processes
+import shmsock.recovery
+import shmsock.segment
 
 WATCHDOG_S = 60.0
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -250,3 +259,254 @@ def shared_names() -> set[str]:
         if "shmsock." in name and not foreign:
             found.add(name)
     return found
+
+
+# -- the table alone ----------------------------------------------------------------------------
+
+
+class Member:
+    """A participant with the table and nothing else: no service thread, host or descriptors.
+
+    Nothing happens unless the test does it, so a test may plant what it likes and look at it.
+    """
+
+    def __init__(
+        self,
+        segment: shmsock.segment.Segment,
+        lock_file: shmsock.processes.LockFile,
+        engine_module: typing.Any,
+        role: str,
+    ) -> None:
+        """Use ``create`` or ``attach``."""
+        self.name = segment.name
+        self.module = engine_module
+        self.segment, self.cells, self.columns = segment, segment.cells, segment.columns
+        self.layout = segment.layout
+        self.lock_file = lock_file
+        if not lock_file.share():
+            raise AssertionError("somebody holds the participants' byte")
+        self.processes = shmsock.processes.Processes(segment, lock_file)
+        try:
+            self.index, self.epoch = self.processes.register(role)
+        except BaseException:
+            lock_file.unshare()
+            raise
+        self.semaphores = shmsock.segment.Semaphores(self.name, self.layout.stripes)
+        self.engine = engine_module.Engine(
+            segment, self.semaphores, self.index, self.epoch, engine_module.Reference
+        )
+        self.recovery = shmsock.recovery.Recovery(
+            segment, self.processes, self.semaphores, self.engine
+        )
+        self.engine.repair = self.recovery.look
+
+    @classmethod
+    def create(
+        cls,
+        name: str,
+        engine_module: typing.Any = shmsock.engine,
+        *,
+        slots: int = 8,
+        processes: int = 4,
+        stripes: int = 2,
+    ) -> Member:
+        """Make a table and take its first row."""
+        shmsock.segment.make_run_directory(name)
+        lock_file = shmsock.processes.LockFile.open(name, create=True)
+        layout = shmsock.layout.Layout.fit(slots, processes, stripes)
+        segment = shmsock.segment.Segment.create(name, layout, 1 << 20)
+        semaphores = shmsock.segment.Semaphores(name, layout.stripes)
+        for stripe in range(layout.stripes):
+            for generation in range(1, 4):
+                semaphores.make(stripe, generation, int(generation == 1))
+        semaphores.close()
+        segment.set("init_done", 1)
+        return cls(segment, lock_file, engine_module, "supervisor")
+
+    @classmethod
+    def attach(
+        cls, name: str, engine_module: typing.Any = shmsock.engine, role: str = "worker"
+    ) -> Member:
+        """Take one more row."""
+        segment = shmsock.segment.Segment.attach(name)
+        lock_file = shmsock.processes.LockFile.open(name, create=False)
+        try:
+            return cls(segment, lock_file, engine_module, role)
+        except BaseException:
+            segment.close()
+            raise
+
+    def new(self, **fields: typing.Any) -> int:
+        """Create a socket that this member owns."""
+        return int(self.engine.create(self.module.NewSocket(**{"owner": self.word, **fields})))
+
+    @property
+    def word(self) -> int:
+        """This member in ``owner`` and ``writer``."""
+        return int(self.engine.word)
+
+    def nref(self, sid: int) -> int:
+        """The count in a slot's word."""
+        return int(self.cells.versioned_ref[sid & 0xFFFFFFFF]) & 0xFFFFFFFF
+
+    def version(self, slot: int) -> int:
+        """The version in a slot's word."""
+        return int(self.cells.versioned_ref[slot]) >> 32
+
+    def bytes(self) -> bytes:
+        """The whole segment."""
+        with open(f"/dev/shm/shmsock.{self.name}", "rb") as file:
+            return file.read()
+
+    def leave(self) -> None:
+        """Be reaped by oneself, as Runtime.close does."""
+        self.engine.detach_all()
+        with self.engine.lock:
+            self.engine.closed = True
+        with self.recovery.arbitrated(timeout_s=WATCHDOG_S):
+            self.recovery.reap(self.index)
+        self.close()
+
+    def close(self) -> None:
+        """Vanish without a word: to the others this member has died."""
+        self.engine.closed = True
+        self.lock_file.drop(shmsock.processes.FIRST_ROW + self.index)
+        self.lock_file.unshare()
+        self.semaphores.close()
+        self.segment.close()
+
+    def unlink(self) -> None:
+        """Take every name away."""
+        shmsock.segment.unlink_names(self.name)
+        shutil.rmtree(shmsock.segment.run_directory(self.name), ignore_errors=True)
+
+
+class Column:
+    """A column that calls ``step`` before each of its stores; reads pass through."""
+
+    def __init__(self, column: typing.Any, step: collections.abc.Callable[[], None]) -> None:
+        self._column, self._step = column, step
+
+    def __getattr__(self, name: str) -> typing.Any:
+        return getattr(self._column, name)
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    def __iter__(self) -> collections.abc.Iterator[typing.Any]:
+        return iter(self._column)
+
+    def __getitem__(self, key: typing.Any) -> typing.Any:
+        return self._column[key]
+
+    def __setitem__(self, key: typing.Any, value: typing.Any) -> None:
+        self._step()
+        self._column[key] = value
+
+
+class Token:
+    """A semaphore that calls ``step`` before and after taking and posting."""
+
+    def __init__(self, semaphore: typing.Any, step: collections.abc.Callable[[], None]) -> None:
+        self._semaphore, self._step = semaphore, step
+
+    def acquire(self, timeout: float | None = None) -> None:
+        self._step()
+        self._semaphore.acquire(timeout)
+        self._step()
+
+    def release(self) -> None:
+        self._step()
+        self._semaphore.release()
+        self._step()
+
+    def close(self) -> None:
+        self._semaphore.close()
+
+
+class Steps:
+    """Acts at the k-th access of a member to shared state: every store, take and post is one.
+
+    A store and the one before it enclose all that can be told apart from outside, so an act before
+    each access, for every k until the operation completes, is an act at every instruction.
+    """
+
+    _NUMPY = ("error_text", "peer", "user_data", "held")
+
+    def __init__(
+        self, member: Member, at: int, act: collections.abc.Callable[[], object]
+    ) -> None:
+        self.count, self._at, self._act = 0, at, act
+        self._member = member
+
+    def _step(self) -> None:
+        self.count += 1
+        if self.count == self._at:
+            self._act()
+
+    def __enter__(self) -> Steps:
+        member = self._member
+        self._cells, self._columns = dict(vars(member.cells)), dict(vars(member.columns))
+        for name, view in self._cells.items():
+            setattr(member.cells, name, Column(view, self._step))
+        for name in self._NUMPY:
+            setattr(member.columns, name, Column(self._columns[name], self._step))
+        semaphores: typing.Any = member.semaphores
+        self._get, self._make = semaphores.get, semaphores.make
+        semaphores.get = lambda *place: self._token(self._get(*place))
+        semaphores.make = lambda *place: self._token(self._make(*place))
+        return self
+
+    def _token(self, semaphore: typing.Any) -> typing.Any:
+        return semaphore and Token(semaphore, self._step)
+
+    def __exit__(self, *_: object) -> None:
+        vars(self._member.cells).update(self._cells)
+        vars(self._member.columns).update(self._columns)
+        semaphores: typing.Any = self._member.semaphores
+        del semaphores.get, semaphores.make
+
+
+def die() -> None:
+    """SIGKILL oneself: nothing of Python runs after this line."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+# -- sockets ------------------------------------------------------------------------------------
+
+
+def connected(kind: str = "tcp", buffer_bytes: int = 0) -> tuple[socket.socket, socket.socket]:
+    """Two connected stream sockets, the server's end first; with small buffers if asked for."""
+    if kind == "unix":
+        ours, peers = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        if buffer_bytes:
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
+        return ours, peers
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        if buffer_bytes:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+        peers = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        if buffer_bytes:
+            peers.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
+        peers.connect(listener.getsockname())
+        ours = listener.accept()[0]
+    return ours, peers
+
+
+def read_to_end(sock: socket.socket) -> bytes:
+    """Everything until the connection ends, in whichever way."""
+    sock.settimeout(WATCHDOG_S)
+    chunks = []
+    with contextlib.suppress(ConnectionResetError):
+        while chunk := sock.recv(65536):
+            chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def free_port() -> int:
+    """A TCP port of loopback that nobody listens on at this moment."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])

@@ -98,7 +98,12 @@ def _command(
     commands: typing.Any, name: str, run: Command, text: str
 ) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    command.add_argument("--name", type=_name, default="hub", help="which runtime (default: hub)")
+    command.add_argument(
+        "--name",
+        type=_name,
+        default=os.environ.get("SHMSOCK_NAME", "hub"),
+        help="which runtime (default: $SHMSOCK_NAME, else hub)",
+    )
     command.set_defaults(run=run)
     return command
 
@@ -230,7 +235,7 @@ def _banner(supervisor: typing.Any) -> str:
 
 
 def _suggestions(address: str, name: str) -> list[str]:
-    own = "" if name == "hub" else f" --name {name}"
+    own = "" if name == os.environ.get("SHMSOCK_NAME", "hub") else f" --name {name}"
     if address.startswith("unix:"):
         path = address.removeprefix("unix:")
         client, curl = f"redis-cli -s {path}", f"curl --unix-socket {path} http://localhost"
@@ -269,7 +274,7 @@ def _conns(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(rows))
     else:
-        print(report.connections_text(rows))
+        print(report.connections_text(rows), end="")
     return OK
 
 
@@ -288,7 +293,7 @@ def _ps(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(rows))
     else:
-        print(report.processes_text(rows))
+        print(report.processes_text(rows), end="")
     return OK
 
 
