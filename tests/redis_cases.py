@@ -133,7 +133,8 @@ PSUBSCRIBE
 SUBSCRIBE a b a
 SUBSCRIBE ""
 SUBSCRIBE a|FOO x|PING|PING x|PING x y|UNSUBSCRIBE|PING
-SUBSCRIBE a|ECHO x|SELECT 1|PUBLISH a x|CLIENT ID|CLIENT|CLIENT FOO|INFO|HELLO 3|AUTH x|CONFIG GET save
+SUBSCRIBE a|ECHO x|SELECT 1|PUBLISH a x|CLIENT ID|CLIENT|CLIENT FOO
+SUBSCRIBE a|INFO|HELLO 3|AUTH x|CONFIG GET save
 SUBSCRIBE a|SUBSCRIBE b a|UNSUBSCRIBE zz|PUNSUBSCRIBE|UNSUBSCRIBE a a b|PING
 PSUBSCRIBE x|UNSUBSCRIBE|PING|SUBSCRIBE q|PUNSUBSCRIBE x
 UNSUBSCRIBE
@@ -167,7 +168,8 @@ PUBSUB NUMSUB
 PUBSUB NUMSUB a b
 PUBSUB NUMPAT
 PUBSUB NUMPAT x
-HELLO 3|SUBSCRIBE abc|PUBSUB CHANNELS|PUBSUB CHANNELS a*|PUBSUB CHANNELS b*|PUBSUB CHANNELS [|PUBSUB NUMSUB abc x
+HELLO 3|SUBSCRIBE abc|PUBSUB CHANNELS|PUBSUB NUMSUB abc x
+HELLO 3|SUBSCRIBE abc|PUBSUB CHANNELS a*|PUBSUB CHANNELS b*|PUBSUB CHANNELS [
 HELLO 3|PSUBSCRIBE a b|PUBSUB CHANNELS|PUBSUB NUMPAT|PUNSUBSCRIBE a|PUBSUB NUMPAT
 CLIENT
 CLIENT FOO
@@ -269,10 +271,24 @@ _RAW = [
     b"*1\r\n$999999999999\r\n",
     b"*1\r\n*1\r\n$4\r\nPING\r\n",
     b"*2\r\n$4\r\nECHO\r\n*0\r\n",
-    *(b"*2\r\n$4\r\nECHO\r\n" + other for other in (
-        b":5\r\n", b"+OK\r\n", b"-no\r\n", b"_\r\n", b"#t\r\n", b",1.5\r\n", b"(12\r\n",
-        b"=5\r\ntxt:a\r\n", b"~1\r\n", b"%1\r\n", b"|1\r\n", b">1\r\n", b"!3\r\nabc\r\n",
-    )),
+    *(
+        b"*2\r\n$4\r\nECHO\r\n" + other
+        for other in (
+            b":5\r\n",
+            b"+OK\r\n",
+            b"-no\r\n",
+            b"_\r\n",
+            b"#t\r\n",
+            b",1.5\r\n",
+            b"(12\r\n",
+            b"=5\r\ntxt:a\r\n",
+            b"~1\r\n",
+            b"%1\r\n",
+            b"|1\r\n",
+            b">1\r\n",
+            b"!3\r\nabc\r\n",
+        )
+    ),
     b"+OK\r\n",
     b":1\r\n",
     b"$4\r\nPING\r\n",
@@ -382,8 +398,10 @@ class RedisServer:
         # The end of a stream is noticed after what came before it was answered. Redis keeps a
         # client whose answers are off open when it should close it: so nothing here waits.
         answer = self._exchange(said + RESET)
-        return (answer[: -len(b"+RESET\r\n")], True) if answer.endswith(b"+RESET\r\n") else (
-            self._exchange(said), False
+        return (
+            (answer[: -len(b"+RESET\r\n")], True)
+            if answer.endswith(b"+RESET\r\n")
+            else (self._exchange(said), False)
         )
 
     def _exchange(self, said: bytes) -> bytes:

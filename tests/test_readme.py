@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import collections.abc
 import os
+import pathlib
 import re
 import signal
 import subprocess
@@ -51,7 +51,7 @@ def test_the_two_commands_name_extras_that_exist() -> None:
 
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
 def test_a_program_prints_what_the_readme_says(
-    number: int, name: str, tmp_path: collections.abc.Any
+    number: int, name: str, tmp_path: pathlib.Path
 ) -> None:
     source = re.sub(r'"(shop|echo)"', f'"{name}"', blocks("python")[number])
     script = tmp_path / "program.py"

@@ -17,7 +17,7 @@ import struct
 import time
 import typing
 
-from shmsock import KIND_NAMES
+from shmsock import KIND_NAMES, format_socket_id
 
 from . import resp
 
@@ -313,7 +313,7 @@ def _filter(option: bytes, value: bytes) -> _Filter:
 
 def _kill(session: RespSession, args: resp.Command) -> None:
     if len(args) == 3:
-        victims = [c for c in clients(session.hub) if c.peer.encode() == args[2]]
+        victims = [c for c in clients(session.hub) if _filter(b"addr", args[2])(c)]
         if not victims:
             raise resp.CommandError("ERR No such client")
         session.reply(resp.OK)
@@ -346,7 +346,7 @@ def _kill_all(session: RespSession, victims: list[Client]) -> int:
             session.close()
             killed += 1
         else:
-            text = f"CLIENT KILL by {session.sid}"
+            text = f"CLIENT KILL by {format_socket_id(session.sid)}"
             killed += session.hub.runtime.set_failed(client.id, errno.ECONNABORTED, text)
     return killed
 

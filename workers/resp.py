@@ -200,16 +200,17 @@ class _Framer:
     Attributes:
         bytes: From the start of the message on; what is behind it stays when it is taken.
         need: It cannot end before this many bytes are here.
+        max_message_bytes: Longer arrays are refused, by their headers.
         restricted: The client has not given the password: small messages only.
     """
 
-    __slots__ = ("_at", "_left", "_max_message_bytes", "_reader", "bytes", "need", "restricted")
+    __slots__ = ("_at", "_left", "_reader", "bytes", "max_message_bytes", "need", "restricted")
 
     def __init__(self, max_message_bytes: int, restricted: bool) -> None:
         self.bytes = bytearray()
         self.need = 0
         self.restricted = restricted
-        self._max_message_bytes = max_message_bytes
+        self.max_message_bytes = max_message_bytes
         self._reader = hiredis.Reader(notEnoughData=_MORE)
         self._at = 0  # the next header; 0 at the start of a message
         self._left = 0  # arguments to come
@@ -285,7 +286,7 @@ class _Framer:
             got = (line[:1] or b"\r").decode("utf-8", "surrogateescape")
             raise ProtocolError(f"expected '$', got '{got}'")
         length = strict_integer(line[1:])
-        if length is None or length < 0 or start + length > self._max_message_bytes:
+        if length is None or length < 0 or start + length > self.max_message_bytes:
             raise ProtocolError("invalid bulk length")
         if self.restricted and length > MAX_BULK_BYTES_UNAUTHENTICATED:
             raise ProtocolError("unauthenticated bulk length")
@@ -315,14 +316,20 @@ class _Framer:
 
 _MORE = object()
 
-# What a chunk is made of, byte by byte: "*" opens something that holds others, "F" may open a type
-# that no command contains, "0" is a digit. None of these letters means it for sure: a payload may
-# hold any. That only sends a chunk the longer way.
-_CLASSES = ((b"*>~%|", ord("*")), (b"+-:_,#!=(", ord("F")), (b"0123456789", ord("0")))
+# What a chunk is made of, byte by byte: "*" may open an array, "A" another type that holds others,
+# "F" one that holds none, "0" is a digit. None of these means it for sure: a payload may hold any.
+# That only sends a chunk the longer way.
+_CLASSES = (
+    (b"*", ord("*")),
+    (b">~%|", ord("A")),
+    (b"+-:_,#!=(", ord("F")),
+    (b"0123456789", ord("0")),
+)
 _SHAPE = bytes(
     next((mark for members, mark in _CLASSES if byte in members), ord(".")) for byte in range(256)
 )
-_LARGE_HEADER = b"*00000"  # hiredis allocates what a header announces: at most 9,999 pointers
+# hiredis allocates what a header announces. So it sees none above 9,999.
+_LARGE_ARRAY, _LARGE_OTHER = b"*00000", b"A00000"
 _LISTS = {list}
 _NOT_PLAIN = b"\"'\0\v\f"
 
@@ -395,24 +402,29 @@ class CommandParser:
         if not data:
             return []
         self._data = b""
+        if len(data) > framer.max_message_bytes:
+            return self._framed(data)
         commands = self._arrays(data) if data[0] == 0x2A else self._lines(data)
         return self._framed(data) if commands is None else commands
 
     def _arrays(self, data: bytes) -> list[Command] | None:
         """All of a chunk by hiredis, if it is nothing but arrays of bulk strings."""
         shape = data.translate(_SHAPE)
-        if _LARGE_HEADER in shape:
+        if _LARGE_ARRAY in shape or _LARGE_OTHER in shape:
             return None
         reader = self._reader
         reader.feed(data)
         try:
             commands = list(iter(reader.gets, _MORE))
-            # Nothing is left over, nothing but "*" and "$" can have opened anything, each command
-            # is an array: then as many stars as arrays means that none is in another or unfinished.
+            # Nothing is left over (a "$" at the end is not counted as that), nothing but "*" and
+            # "$" can have opened anything, each command is an array: then as many stars as arrays
+            # means that none is in another or unfinished.
             if (
                 b"F" not in shape
+                and b"A" not in shape
                 and shape.count(b"*") == len(commands)
                 and set(map(type, commands)) == _LISTS
+                and data[-1] == 0x0A
                 and not reader.has_data()
             ):
                 return commands
