@@ -400,3 +400,10 @@ def test_every_command_answers_arguments_of_any_kind(connect: Connect, hub: Hub)
                     assert answer or parts[:2] == [b"CLIENT", b"reply"]
                     client.say(redis_cases.RESET)
                     client.hear()
+
+
+def test_a_pattern_too_long_to_look_at_is_refused_and_publish_goes_on(connect: Connect) -> None:
+    client = connect()
+    pattern = b"a" * 5000
+    assert client.ask(b"PSUBSCRIBE " + pattern).startswith(b"-ERR a pattern has at most 4000 bytes")
+    assert connect().ask(b"PUBLISH news hello") == b":0\r\n"

@@ -20,7 +20,13 @@ import hmac
 import time
 import typing
 
-from shmsock import Runtime, SocketRef
+from shmsock import (
+    OverCrowdedError,
+    Runtime,
+    ShmsockError,
+    SocketFailedError,
+    SocketRef,
+)
 from shmsock.groups import compile_glob
 
 from . import hub_client, hub_commands, hub_handlers, resp
@@ -301,8 +307,10 @@ class RespSession:
             self._run(args)
         except resp.CommandError as refusal:
             self.reply(refusal.reply)
-        except OSError as problem:  # the groups are full, a stripe could not be taken
-            self.reply(resp.error(f"ERR {problem.strerror or problem}"))
+        except (SocketFailedError, OverCrowdedError):
+            raise  # this client's own end
+        except (OSError, ShmsockError) as problem:  # the groups are full, a stripe not to be had
+            self.reply(resp.error(f"ERR {getattr(problem, 'strerror', None) or problem}"))
 
     def _run(self, args: resp.Command) -> None:
         spec = COMMANDS.get(args[0]) or COMMANDS.get(args[0].lower())

@@ -230,7 +230,7 @@ def _command_list(session: RespSession, args: resp.Command) -> None:
             raise resp.CommandError("ERR syntax error")
         kind, value = args[3].lower(), args[4]
         if kind == b"pattern":
-            matches = compile_glob(value.lower()).fullmatch
+            matches = compile_glob(resp.checked_pattern(value).lower()).fullmatch
             every = [sub for spec in specs for sub in (spec, *spec.subcommands.values())]
             specs = [spec for spec in every if matches(spec.name.encode())]
         elif kind == b"aclcat":
@@ -253,7 +253,7 @@ def _config_get(session: RespSession, args: resp.Command) -> None:
         if pattern.lower() in config:
             found[pattern] = config[pattern.lower()]  # spelled as it was asked for
         else:
-            matches = compile_glob(pattern.lower()).fullmatch
+            matches = compile_glob(resp.checked_pattern(pattern).lower()).fullmatch
             found.update((name, value) for name, value in config.items() if matches(name))
     pairs = [resp.bulk(word) for pair in found.items() for word in pair]
     session.reply(resp.mapping(pairs, session.info.resp))

@@ -167,6 +167,8 @@ def _subscription(verb: bytes, kind: bytes, joins: bool) -> Handler:
         try:
             for name in names:
                 if name is not None and joins and name not in held:
+                    if kind == b"p":
+                        resp.checked_pattern(name)
                     groups.add(group_of(version, kind, name), session.sid)
                     held[name] = None
                 elif name in held and not joins:
@@ -192,7 +194,7 @@ def _pubsub_channels(session: RespSession, args: resp.Command) -> None:
             b"ERR unknown subcommand or wrong number of arguments for '%s'. Try PUBSUB HELP."
             % resp.c_string(args[1], 128)
         )
-    channels = session.hub.channels(args[2] if len(args) == 3 else b"*")
+    channels = session.hub.channels(resp.checked_pattern(args[2]) if len(args) == 3 else b"*")
     session.reply_large(resp.array(list(map(resp.bulk, channels))))
 
 

@@ -182,6 +182,20 @@ class CommandError(Exception):
         self.reply = error(what)
 
 
+MAX_PATTERN_BYTES = 4000
+
+
+def checked_pattern(pattern: bytes) -> bytes:
+    """A glob short enough to be compiled at once: every PUBLISH of every worker looks at it.
+
+    Raises:
+        CommandError: It is longer than ``MAX_PATTERN_BYTES``.
+    """
+    if len(pattern) > MAX_PATTERN_BYTES:
+        raise CommandError(f"ERR a pattern has at most {MAX_PATTERN_BYTES} bytes here")
+    return pattern
+
+
 class ProtocolError(Exception):
     """The stream is not RESP from here on: answer ``reply``, close.
 
