@@ -283,11 +283,9 @@ class Engine:
         started = looked = 0.0
         while True:
             with self.lock:
-                if quick is not None:
-                    result = quick(slot, argument)
-                    if result:
-                        return result
-                result = self._attempt(stripe, body, slot, argument)
+                result = quick(slot, argument) if quick is not None else NOTHING
+                if not result:
+                    result = self._attempt(stripe, body, slot, argument)
             if result != _CONTENDED:
                 if self._dropped:
                     self.drain()
@@ -311,7 +309,7 @@ class Engine:
         self._check_participation()
         if claims[mine]:
             # An exception left it. WANT is never stored over it: that would hide the break.
-            claims[mine] = claims[mine] | BROKEN
+            self._admit(stripe)
             return _CONTENDED
         generation = cells.ctl[stripe] >> 2
         semaphore = self.semaphores.get(stripe, generation)
@@ -349,7 +347,7 @@ class Engine:
         """After an exception between WANT and give: say so in one store; recount does the rest.
 
         ORDER: held and count first. A second exception here leaves WANT or OWN, which the next
-        ``_attempt`` turns into BROKEN.
+        ``_attempt``, or the timer, turns into BROKEN.
         """
         if not self.cells.claims[mine]:
             return
@@ -377,13 +375,30 @@ class Engine:
         Under the local lock none of our threads is inside, so a claim of ours is a leftover; others
         would wait for it for ever if we never took that stripe again. For the timer.
         """
-        claims = self.cells.claims
         with self.lock:
             if self.closed or self.cells.row_state[self.index] != self._row_word:
                 return
-            for mine in range(self._claims_at, self._claims_at + self._stripes):
-                if claims[mine]:
-                    claims[mine] = claims[mine] | BROKEN
+            for stripe in range(self._stripes):
+                if self.cells.claims[self._claims_at + stripe]:
+                    self._admit(stripe)
+
+    def _admit(self, stripe: int) -> None:
+        """Finish an interrupted ``_break``: held and counts must agree before the recount.
+
+        Held without a count would never be given back; a count without held would keep references
+        to a slot that may be recycled.
+        """
+        mine = self._claims_at + stripe
+        if self.cells.claims[mine] & 3 == BROKEN:
+            return
+        for slot in range(stripe * self._block, (stripe + 1) * self._block):
+            at = slot * self._processes + self.index
+            if slot not in self._holds:
+                if self.cells.held[at]:
+                    self.cells.held[at] = 0
+            elif not self.cells.held[at]:
+                self._holds.pop(slot)
+        self.cells.claims[mine] = self.cells.claims[mine] | BROKEN
 
     def _blockers(self, stripe: int, waited_s: float) -> str:
         names = {WANT: "WANT", OWN: "OWN", BROKEN: "BROKEN"}
@@ -659,9 +674,9 @@ class Engine:
             self._check_participation()
         another = self._reference_type(self, sid, next(self._serials))
         with self.lock:
-            serials = self._holds.get(sid & SLOT_MASK)
-            known = serials is not None and reference._serial in serials
-            if serials is not None and known:
+            serials = self._holds.get(sid & SLOT_MASK, set())
+            known = reference._serial in serials
+            if known:
                 serials.add(another._serial)
         if self._dropped:
             self.drain()
@@ -740,6 +755,10 @@ class Engine:
                     continue
             except (ClosedError, PoisonedError):
                 return
+            except OSError as error:  # no descriptor to open the semaphore with
+                log.warning("a reference is given back later: %s", error)
+                late += 1
+                continue
             with contextlib.suppress(ValueError):
                 self._dropped.remove(item)
 

@@ -17,11 +17,16 @@ from __future__ import annotations
 
 import collections
 import collections.abc
+import contextlib
 import errno
+import functools
 import logging
+import os
 import select
+import threading
 import typing
 
+from .errors import StripeTimeoutError
 from .layout import format_socket_id
 from .service import Timer
 from .socket import SocketRef
@@ -58,9 +63,16 @@ class Dispatcher:
         """
         self._runtime = runtime
         self._service = runtime._adopt_dispatcher(self)
-        self._epoll = select.epoll()
-        self._epoll.register(self._service.epoll.fileno(), select.EPOLLIN)
-        self._service_fd = self._service.epoll.fileno()
+        self._thread = 0  # the ident of the thread that is in run()
+        self._service_fd = -1  # in our epoll during run()
+        try:
+            self._epoll = select.epoll()
+            self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._epoll.register(self._wake_fd, select.EPOLLIN)
+        except BaseException:
+            runtime._adopt_dispatcher(None)
+            raise
+        self._soon: collections.deque[collections.abc.Callable[[], object]] = collections.deque()
         self._consumers: dict[int, Consumer] = {}
         self._by_fd: dict[int, Consumer | collections.abc.Callable[[], object]] = {}
         self._again: collections.deque[Consumer] = collections.deque()
@@ -107,7 +119,12 @@ class Dispatcher:
             self._consumers[sid] = consumer
             self._by_fd[entry.fd] = consumer
             entry.pollers.append(self._forget)
-            self._epoll.register(entry.fd, _EVENTS)
+            try:
+                self._epoll.register(entry.fd, _EVENTS)
+            except BaseException:
+                del self._consumers[sid], self._by_fd[entry.fd]
+                entry.pollers.remove(self._forget)
+                raise
         return True
 
     def remove_consumer(self, sid: int) -> bool:
@@ -123,8 +140,9 @@ class Dispatcher:
 
     def _forget(self, fd: int) -> None:
         """Take a number out of the set; called before it is closed."""
-        if self._by_fd.pop(fd, None) is not None and not self._epoll.closed:
-            self._epoll.unregister(fd)
+        if self._by_fd.pop(fd, None) is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self._epoll.unregister(fd)
 
     def consumers(self) -> list[int]:
         """The ids that are watched."""
@@ -134,63 +152,107 @@ class Dispatcher:
         """Call ``callback(ids)`` with sockets that another process has made ours to read."""
         self._arrived = callback
         self._service.call_soon(self._runtime._descriptors.connect)
+        self._service.ensure()
 
     # -- other descriptors ----------------------------------------------------------------------
 
     def add_reader(self, fd: int, callback: collections.abc.Callable[[], object]) -> None:
         """Call ``callback`` while ``fd`` is readable; level-triggered: listeners, pidfds, pipes."""
-        self._by_fd[fd] = callback
         self._epoll.register(fd, select.EPOLLIN)
+        self._by_fd[fd] = callback
 
     def remove_reader(self, fd: int) -> None:
         """Stop watching ``fd``; always before it is closed."""
-        if self._by_fd.pop(fd, None) is not None:
-            self._epoll.unregister(fd)
+        self._forget(fd)
 
     def call_soon(self, call: collections.abc.Callable[[], object]) -> None:
         """Make a call in the loop; from any thread, and from signal handlers."""
-        self._service.call_soon(call)
+        self._soon.append(call)
+        self._wake()
 
     def call_later(self, delay_s: float, call: collections.abc.Callable[[], object]) -> Timer:
         """Make a call in the loop after a delay."""
-        return self._service.call_later(delay_s, call)
+        timer = Timer(call)
+        self._service.call_later(delay_s, lambda: self._tell(timer.fire))
+        self._service.ensure()
+        return timer
+
+    def _tell(self, call: collections.abc.Callable[..., object], *arguments: object) -> None:
+        """From the service loop: call now if that is our loop, else hand over to ours."""
+        if self._thread == threading.get_ident():
+            call(*arguments)
+        else:
+            self.call_soon(functools.partial(call, *arguments))
+
+    def _wake(self) -> None:
+        if self._wake_fd >= 0:
+            with contextlib.suppress(OSError):
+                os.eventfd_write(self._wake_fd, 1)
 
     # -- the loop -------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Dispatch until ``stop``; the service thread's work is done here meanwhile."""
-        self._stopping = False
         self._service.adopt()
         try:
+            self._thread = threading.get_ident()
+            self._service_fd = self._service.epoll.fileno()
+            self._epoll.register(self._service_fd, select.EPOLLIN)
             while not self._stopping:
                 self.run_once(-1.0)
         finally:
+            self._stopping = False
+            with contextlib.suppress(OSError, ValueError):  # a callback may have closed us
+                self._epoll.unregister(self._service_fd)
+            self._thread = 0
+            if self._again:
+                self._wake()
             self._service.release()
 
     def stop(self) -> None:
-        """Let ``run`` return after the batch it is at; from any thread or signal handler."""
+        """Let ``run`` return after the batch it is at; from any thread or signal handler.
+
+        Before ``run`` it is not lost: that ``run`` returns at once.
+        """
         self._stopping = True
-        self._service.wake()
+        self._wake()
 
     def run_once(self, timeout_s: float) -> None:
-        """Wait at most ``timeout_s`` (-1: for ever) and dispatch one batch."""
-        due_s = 0.0 if self._again else self._service.delay_s()
+        """Wait at most ``timeout_s`` (-1: for ever) and dispatch one batch.
+
+        Nested in another loop the service thread goes on with its own work, and hands over what is
+        ours; inside ``run`` that work is done here.
+        """
+        adopted = self._thread == threading.get_ident()
+        due_s = self._service.delay_s() if adopted else -1.0
+        if self._again or self._soon:
+            due_s = 0.0
         if due_s >= 0 and (timeout_s < 0 or due_s < timeout_s):
             timeout_s = due_s
+        if not adopted:
+            self._service.ensure()
         events = self._epoll.poll(timeout_s, _BATCH)
-        batch = [self._by_fd.get(fd) for fd, _ in events]
+        batch = [(fd, self._by_fd.get(fd)) for fd, _ in events]
         again, self._again = self._again, collections.deque()
-        for target in batch:
+        for fd, target in batch:
             if isinstance(target, Consumer):
                 self._dispatch(target)
-            elif target is not None:
+            elif target is not None and self._by_fd.get(fd) is target:
                 self._call(target)
+            elif fd == self._wake_fd:
+                with contextlib.suppress(OSError):
+                    os.eventfd_read(fd)
         for consumer in again:
             self._dispatch(consumer)
-        if any(fd == self._service_fd for fd, _ in events):
-            self._service.run_once(0)
-        else:
-            self._service.run_due()
+        for _ in range(len(self._soon)):
+            self._call(self._soon.popleft())
+        if adopted:
+            if any(fd == self._service_fd for fd, _ in events):
+                self._service.run_once(0)
+            else:
+                self._service.run_due()
+        elif self._again or self._soon:
+            self._wake()  # whoever polls our number must come back
 
     def _dispatch(self, consumer: Consumer) -> None:
         sid = consumer.sid
@@ -198,21 +260,28 @@ class Dispatcher:
             return
         try:
             reference = self._runtime.address(sid)
-            if reference is None:
-                self._ended(sid)
-                return
-            with reference:
+        except StripeTimeoutError as error:  # the edge will not come again
+            log.error("%s is dispatched later: %s", format_socket_id(sid), error)
+            self._again.append(consumer)
+            return
+        if reference is None:
+            self._call(functools.partial(self._ended, sid))
+            return
+        with reference:
+            try:
                 if consumer.callback(reference):
                     self._again.append(consumer)
-        except Exception as error:
-            log.exception("a consumer raised; %s is failed", format_socket_id(sid))
-            self._runtime.set_failed(sid, errno.EIO, f"a consumer raised {type(error).__name__}")
+            except Exception as error:
+                log.exception("a consumer raised; %s is failed", format_socket_id(sid))
+                text = f"a consumer raised {type(error).__name__}"
+                with contextlib.suppress(StripeTimeoutError):
+                    self._runtime.set_failed(sid, errno.EIO, text)
 
     def _call(self, callback: collections.abc.Callable[[], object]) -> None:
         try:
             callback()
         except Exception:
-            log.exception("a reader's callback raised; the loop goes on")
+            log.exception("a callback raised; the loop goes on")
 
     def _ended(self, sid: int) -> None:
         """A watched socket failed or was recycled."""
@@ -226,17 +295,23 @@ class Dispatcher:
             consumer.on_failed(sid, code, text)
 
     def close(self) -> None:
-        """Stop watching everything; what is watched stays open."""
+        """Stop watching everything, and dispatching; what is watched stays open."""
+        self._stopping = True
         for sid in list(self._consumers):
             self.remove_consumer(sid)
         self._by_fd.clear()
-        self._epoll.close()
+        self._soon.clear()
+        self._close_numbers()
         self._runtime._adopt_dispatcher(None)
 
     def _close_in_child(self) -> None:
         """In a forked child: close the epoll, and never EPOLL_CTL_DEL: it is the parent's too."""
-        self._epoll.close()
+        self._close_numbers()
         self._by_fd.clear()
         self._consumers.clear()
 
-
+    def _close_numbers(self) -> None:
+        self._epoll.close()
+        fd, self._wake_fd = self._wake_fd, -1
+        if fd >= 0:
+            os.close(fd)

@@ -49,6 +49,7 @@ from .processes import ATTACHED, FIRST_ROW, HOST, REGISTRATION, LockFile, Proces
 from .recovery import Recovery
 from .segment import (
     FIRST_GENERATION,
+    SHM_DIRECTORY,
     SPARE_GENERATIONS,
     Segment,
     Semaphores,
@@ -120,19 +121,24 @@ class Runtime:
     def _join(self) -> None:
         """Take a row and build this process's side; again in a forked child."""
         segment = self._segment
-        if not self._lock_file.share():
-            raise InTransitionError(f"runtime {self.name!r} is just being removed")
-        try:
-            if not self._lock_file.is_current():
+        with contextlib.ExitStack() as undo:
+            # What needs descriptors comes before the row: nobody would give that back at EMFILE.
+            self._semaphores = Semaphores(self.name, segment.layout.stripes)
+            undo.callback(self._semaphores.close)
+            # All at once: after an unlink their names are gone, or are another runtime's.
+            for stripe, control in enumerate(segment.cells.ctl):
+                self._semaphores.get(stripe, control >> 2)
+            self._service = Service(self.name)
+            undo.callback(self._service.close)
+            if not self._lock_file.share():
+                raise InTransitionError(f"runtime {self.name!r} is just being removed")
+            undo.callback(self._lock_file.unshare)
+            if not self._is_current():
                 raise InTransitionError(f"runtime {self.name!r} was just removed or replaced")
             self._processes = Processes(segment, self._lock_file)
             self.index, epoch = self._processes.register(self._role)
-        except BaseException:
-            self._lock_file.unshare()
-            raise
-        self._semaphores = Semaphores(self.name, segment.layout.stripes)
+            undo.pop_all()
         self._engine = Engine(segment, self._semaphores, self.index, epoch, SocketRef)
-        self._service = Service(self.name)
         self._recovery = Recovery(segment, self._processes, self._semaphores, self._engine)
         self._descriptors = Descriptors(segment, self._engine, self._service, epoch)
         self._io = SocketIO(segment, self._engine, self._descriptors)
@@ -202,11 +208,16 @@ class Runtime:
             semaphores.close()
             runtime = cls(name, segment, lock_file, role)
         except BaseException:
-            unlink_names(name)
+            _remove(name)
             lock_file.drop(HOST)
             raise
-        runtime._serve()
-        segment.set("init_done", 1)
+        try:
+            runtime._serve()
+            segment.set("init_done", 1)
+        except BaseException:
+            runtime.close()
+            _remove(name)
+            raise
         _adopt_current(runtime)
         return runtime
 
@@ -469,6 +480,7 @@ class Runtime:
 
     def owned_counts(self) -> np.ndarray[typing.Any, typing.Any]:
         """How many sockets each process index owns: one pass of numpy over the table."""
+        self._check()
         columns = self._segment.columns
         owners = (columns.owner[columns.state == LIVE] & np.uint64(0xFFFF)).astype("i8")
         return np.bincount(owners, minlength=self._segment.layout.processes)
@@ -480,10 +492,12 @@ class Runtime:
 
     def host_alive(self) -> bool:
         """Whether some process serves the descriptor store."""
+        self._check()
         return self._lock_file.holder(HOST) != 0
 
     def in_use(self) -> int:
         """How many slots are taken."""
+        self._check()
         return int(np.count_nonzero(self._segment.columns.state != FREE))
 
     @property
@@ -515,15 +529,28 @@ class Runtime:
     def repair(self) -> dict[str, int]:
         """Reap the dead, retire broken stripes; returns how often each was done by this process."""
         self._check()
-        self._recovery.look()
+        self._look()
         return dict(self._recovery.counters)
 
-    def _look(self) -> None:
-        """Somebody may have died."""
-        self._recovery.look()
+    def _look(self, stripe: int | None = None) -> None:
+        """Somebody may have died.
+
+        Not in a runtime whose names were taken away: a retirement would make names that nobody
+        removes, or unlink those of the next runtime of this name.
+        """
+        if self._is_current():
+            self._recovery.look(stripe)
 
     def _repair_stripe(self, stripe: int) -> None:
-        self._recovery.look(stripe)
+        self._look(stripe)
+
+    def _is_current(self) -> bool:
+        """Whether the names on this machine are still this runtime's."""
+        try:
+            inode = os.stat(f"{SHM_DIRECTORY}/shmsock.{self.name}").st_ino
+        except FileNotFoundError:
+            return False
+        return inode == self._segment.inode and self._lock_file.is_current()
 
     def _hung_up(self, sid: int) -> None:
         self._writers.hung_up(sid)
@@ -542,13 +569,23 @@ class Runtime:
         if not self._lock_file.reassert():
             log.error("runtime %r: this process was taken for dead; attach again", self.name)
             self._engine.closed = True
-        self._engine.drain()
+        # Each on its own: what fails is logged, and does not keep the others from being done.
+        for step in (
+            self._engine.drain,
+            self._look_around,
+            self._writers.tick,
+            self._descriptors.tick,
+            self._renew_semaphores,
+        ):
+            self._service.call_soon(step)
+
+    def _look_around(self) -> None:
         reaped = self._recovery.counters["reaped"]
-        self._recovery.look()
+        self._look()
         if self._groups is not None and self._recovery.counters["reaped"] != reaped:
             self._groups.reap_readers()
-        self._writers.tick()
-        self._descriptors.tick()
+
+    def _renew_semaphores(self) -> None:
         self._semaphores.renew_spare()
         with self._engine.lock:
             for stripe, control in enumerate(self._segment.cells.ctl):
@@ -605,7 +642,7 @@ class Runtime:
         with self._engine.lock:
             self._engine.closed = True
         with self._recovery.arbitrated(timeout_s=0.2) as arbiter:
-            if arbiter:
+            if arbiter and self._is_current():
                 with contextlib.suppress(OSError):
                     self._recovery.reap(self.index)
         self._lock_file.drop(FIRST_ROW + self.index)
@@ -673,7 +710,8 @@ def _forked() -> None:
 
 def _leave_all() -> None:
     """At exit: leave in order. Dying without would only give the others more to do."""
-    for runtime in list(_runtimes):
+    # Hosts last: they take away the names that the others may still need to open.
+    for runtime in sorted(_runtimes, key=lambda runtime: runtime.is_host):
         if runtime._pid == os.getpid():
             runtime.__exit__(None, None, None)
 

@@ -316,7 +316,7 @@ def _read_header(name: str, fd: int) -> Layout:
             raise FormatError(
                 f"/shmsock.{name}: {word} is {header[word]:#x}, this version wants {expected:#x}"
             )
-    if header["init_done"] != 1:
+    if header["init_done"] == 0:
         raise InTransitionError(f"runtime {name!r} is still being created: try again")
     try:
         layout = Layout(header["slots"], header["processes"], header["stripes"])
@@ -332,6 +332,7 @@ def _read_header(name: str, fd: int) -> Layout:
         ("first_version", first % 2 == 1 or not 2 <= first < 1 << 30),
         ("poisoned", header["poisoned"] > 1),
         ("address_length", header["address_length"] > ADDRESS_BYTES),
+        ("init_done", header["init_done"] > 1),
     ):
         if wrong:
             raise FormatError(f"/shmsock.{name}: {word} is {header[word]:#x}, which cannot be")
@@ -370,8 +371,8 @@ class Semaphores:
             return posix_ipc.Semaphore(path)
         except posix_ipc.ExistentialError:
             return None
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE) or self._spare_fd < 0:
+        except OSError:  # EMFILE or ENFILE: posix_ipc gives them a text and no errno
+            if self._spare_fd < 0:
                 raise
         # WHY NOT under a lock: two threads here at once both fail or both succeed; a spare that
         # another thread's file took is opened again at the next timer.

@@ -42,6 +42,11 @@ class Timer:
         """Do not call, after all."""
         self.call = None
 
+    def fire(self) -> None:
+        """Make the call, unless it was cancelled."""
+        if self.call is not None:
+            self.call()
+
 
 class Service:
     """An epoll with handlers and timers, driven by its own thread or by a dispatcher."""
@@ -156,8 +161,7 @@ class Service:
                 if not self._timers or self._timers[0][0] > now:
                     return
                 timer = heapq.heappop(self._timers)[2]
-            if timer.call is not None:
-                _call(timer.call)
+            _call(timer.fire)
 
     def delay_s(self) -> float:
         """How long the loop may wait: 0 if something is due, -1 for ever."""

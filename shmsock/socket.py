@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import operator
 import socket
 import time
 import typing
@@ -86,10 +85,7 @@ class SocketRef(Reference):
         Concurrency: from any thread of any process.
         If killed: in mid-message the socket is failed with EPIPE; what is queued here is lost.
         """
-        if any(buffers):
-            self._io.writers.write(self, buffers)
-        elif self.failed:
-            raise SocketFailedError(*self.error)
+        self._io.writers.write(self, buffers)
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until everything this process wrote is with the kernel.
@@ -229,9 +225,7 @@ class SocketIO:
 
     def set_failed(self, sid: int, code: int, text: str) -> bool:
         """Fail a socket; the winner ends the connection for everybody."""
-        code = operator.index(code)
-        if not -(1 << 31) <= code < 1 << 31:  # said here: inside, it would break the stripe
-            raise ValueError(f"an error code is a 32-bit number, not {code}")
+        self.open_segment()
         result = self.engine.set_failed(sid, code, text)
         if result:
             self.descriptors.shut_down(sid)
@@ -240,6 +234,7 @@ class SocketIO:
 
     def release(self, sid: int) -> bool:
         """Release; with nobody attached the slot is recycled here and now."""
+        self.open_segment()
         result = self.engine.release_additional_reference(sid)
         if result & 2:
             self.descriptors.shut_down(sid)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import collections
 import collections.abc
 import errno
+import logging
 import random
 import select
 import socket
@@ -28,15 +29,25 @@ import time
 
 from .descriptors import Descriptors, Entry
 from .engine import Engine, Reference
-from .errors import DescriptorError, OverCrowdedError, SocketFailedError
+from .errors import (
+    ClosedError,
+    DescriptorError,
+    OverCrowdedError,
+    PoisonedError,
+    SocketFailedError,
+    StripeTimeoutError,
+)
 from .layout import SLOT_MASK
 from .service import Service
 
 Buffer = bytes | bytearray | memoryview
 
+log = logging.getLogger("shmsock")
+
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _TRIES = 3
 _BACK_OFF_S = (100e-6, 10e-3)
+_GIVE_AGAIN_S = 0.1
 # One turn's batch: then others may have the turn, so that nobody starves.
 _BATCH_BUFFERS = 64
 _BATCH_BYTES = 256 << 10
@@ -49,9 +60,20 @@ class Queue:
         messages: Whole messages; the first may have been sent in part.
         turn: Whether this process has the write turn.
         partial: Whether the first message is under way.
+        stream: Whether messages may share a send; None until it is known.
     """
 
-    __slots__ = ("back_off_s", "messages", "partial", "pumping", "reference", "turn", "unwritten")
+    __slots__ = (
+        "back_off_s",
+        "messages",
+        "partial",
+        "pumping",
+        "reference",
+        "retrying",
+        "stream",
+        "turn",
+        "unwritten",
+    )
 
     def __init__(self, reference: Reference) -> None:
         """An empty queue that keeps ``reference`` until it is empty again."""
@@ -60,6 +82,8 @@ class Queue:
         self.turn = False
         self.partial = False
         self.pumping = False
+        self.retrying = False
+        self.stream: bool | None = None
         self.unwritten = 0
         self.back_off_s = _BACK_OFF_S[0]
 
@@ -92,10 +116,22 @@ class Writers:
     def write(self, reference: Reference, buffers: tuple[Buffer, ...]) -> None:
         """Send a message or queue what is left of it; see SocketRef.write."""
         sid = reference.id
+        total = _size(buffers)  # whatever is wrong with them is said before anything is sent
+        if total > self.max_unwritten_bytes:
+            # WHY NOT try: the peer's kernel might take a part, and the rest must fit here.
+            raise OverCrowdedError(
+                f"a message of {total} bytes is larger than max_unwritten_bytes "
+                f"({self.max_unwritten_bytes})"
+            )
+        if not total:
+            if reference.failed:
+                raise SocketFailedError(*self._error_of(sid))
+            return
+        if len(buffers) > _BATCH_BUFFERS:  # the kernel takes no more than IOV_MAX
+            buffers = (b"".join(buffers),)
+        entry = self._entry(reference)
         if sid in self._queues and self._append(sid, buffers):
             return
-        entry = self._entry(reference)
-        sent = -1
         try:
             for _ in range(_TRIES):
                 if self._engine.take_turn(sid):
@@ -106,28 +142,55 @@ class Writers:
                 self._enqueue(reference, _join(buffers), turn=False)
                 return
             sent = self._send(entry, sid, buffers)
-            total = sum(map(len, buffers)) if len(buffers) > 1 else len(buffers[0])
             if sent < total:
+                self._count(sid, sent, 0)
                 rest = _join(buffers)[sent:]
                 self._enqueue(reference, rest, turn=True, partial=sent > 0)
-            else:
-                self._count(sid, sent, 1)
-                self._engine.give_turn(sid)
-        except BaseException as error:
-            self._interrupted(sid, error)
+                return
+            self._count(sid, sent, 1)
+        except (OverCrowdedError, SocketFailedError, StripeTimeoutError):
+            raise  # no message is under way
+        except BaseException:
+            self._interrupted(sid)
+            raise
+        self._give_turn(sid)
+
+    def _give_turn(self, sid: int) -> None:
+        """The message is out: whatever keeps the turn from being given is no error of its writer.
+
+        CRASH(give_turn): killed before it, the turn is found with a dead writer and the socket is
+        failed, although nothing was torn.
+        """
+        try:
+            self._engine.give_turn(sid)
+        except StripeTimeoutError as error:
+            log.warning("a write turn is given back later: %s", error)
+            self._service.call_later(_GIVE_AGAIN_S, lambda: self._give_turn(sid))
+            self._service.ensure()
+        except BaseException:
+            self._interrupted(sid)
             raise
 
-    def _interrupted(self, sid: int, error: BaseException) -> None:
-        """An exception while we had the turn and no queue to finish the message: fail it."""
-        if isinstance(error, OverCrowdedError | SocketFailedError):
-            return
+    def _interrupted(self, sid: int) -> None:
+        """An exception while we may have had the turn and no queue finishes the message: fail it.
+
+        Another thread of ours that has the turn at this moment is failed with us: whose it is, an
+        exception between two bytecodes does not tell, and a torn message is worse.
+        """
+        if self._engine.closed:
+            return  # whoever reaps us finds the turn
         queue = self._queues.get(sid)
         if (queue is None or not queue.turn) and (
             self._cells.writer[sid & SLOT_MASK] == self._engine.word
         ):
             self._fail(sid, errno.EPIPE, "a writer was interrupted in mid-message")
 
+    def _check(self, reference: Reference) -> None:
+        if reference.closed or self._engine.closed:
+            raise ClosedError("the reference is closed, or was inherited: address the socket again")
+
     def _entry(self, reference: Reference) -> Entry:
+        self._check(reference)
         try:
             return self._descriptors.get(reference.id)
         except LookupError:
@@ -207,14 +270,18 @@ class Writers:
         self._service.ensure()
 
     def _retry_later(self, sid: int, queue: Queue) -> None:
+        """See to it that the queue is tried again; one timer a queue."""
+        if queue.retrying:
+            return
+        queue.retrying = True
         delay_s = queue.back_off_s * random.uniform(0.5, 1.0)
         queue.back_off_s = min(2 * queue.back_off_s, _BACK_OFF_S[1])
-        self._service.call_later(delay_s, lambda: self._retry(sid))
+        self._service.call_later(delay_s, lambda: self._retry(sid, queue))
 
-    def _retry(self, sid: int) -> None:
-        queue = self._queues.get(sid)
-        if queue is not None and not self.pump(sid) and not queue.turn:
-            self._retry_later(sid, queue)
+    def _retry(self, sid: int, queue: Queue) -> None:
+        queue.retrying = False
+        if self._queues.get(sid) is queue and self.pump(sid) is None:
+            self._retry_later(sid, queue)  # the thread that is at it may have looked before us
 
     def _watch_out(self, sid: int) -> None:
         """Have the service loop told when the kernel takes more; the queue holds the number."""
@@ -230,8 +297,7 @@ class Writers:
         if queue is None:
             return
         queue.back_off_s = _BACK_OFF_S[0]
-        if not self.pump(sid) and not queue.turn:
-            self._retry_later(sid, queue)
+        self.pump(sid)
 
     def pump(self, sid: int) -> bool | None:
         """Send what waits for a socket, as far as turn and kernel allow.
@@ -247,20 +313,26 @@ class Writers:
             if queue.pumping:
                 return None
             queue.pumping = True
+        done = False
         try:
-            return self._pump(sid, queue)
-        except SocketFailedError:
+            done = self._pump(sid, queue)
+        except (SocketFailedError, ClosedError, PoisonedError):
             self._give_up(sid)
-            return True
+            done = True
         except DescriptorError:
-            return False  # the host may be away for a moment
-        except BaseException as error:
+            pass  # the host may be away for a moment
+        except StripeTimeoutError as error:
+            log.warning("what waits for a socket is tried again: %s", error)
+        except BaseException:
+            # How much of it was sent is not known any more. Without the turn, nothing was.
             queue.turn = False
-            self._interrupted(sid, error)
-            self._give_up(sid)
+            self._interrupted(sid)
             raise
         finally:
             queue.pumping = False
+            if not done and not queue.partial:
+                self._retry_later(sid, queue)
+        return done
 
     def _pump(self, sid: int, queue: Queue) -> bool:
         if queue.reference.failed:
@@ -270,6 +342,9 @@ class Writers:
             if not self._engine.take_turn(sid):
                 return False
             queue.turn = True
+        if queue.stream is None:
+            kind = entry.sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+            queue.stream = kind == socket.SOCK_STREAM
         batch, size = self._batch(queue)
         sent = self._send(entry, sid, batch)
         finished = self._consume(queue, batch, sent)
@@ -284,7 +359,7 @@ class Writers:
             if done:
                 del self._queues[sid]
         queue.turn = False
-        self._engine.give_turn(sid)
+        self._give_turn(sid)
         if done:
             queue.reference.close()
         elif sent < size:
@@ -296,7 +371,8 @@ class Writers:
         size = 0
         with self._lock:
             for message in queue.messages:
-                if batch and (len(batch) >= _BATCH_BUFFERS or size + len(message) > _BATCH_BYTES):
+                full = len(batch) >= _BATCH_BUFFERS or size + len(message) > _BATCH_BYTES
+                if batch and (full or not queue.stream):  # a datagram is one message
                     break
                 batch.append(message)
                 size += len(message)
@@ -352,6 +428,7 @@ class Writers:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         nap_s = _BACK_OFF_S[0]
         while True:
+            self._check(reference)
             if reference.failed:
                 raise SocketFailedError(*self._error_of(sid))
             done = self.pump(sid)
@@ -381,6 +458,20 @@ class Writers:
         """Forget what waits; its bytes are lost with this process."""
         for sid in list(self._queues):
             self._give_up(sid)
+
+
+def _size(buffers: tuple[Buffer, ...]) -> int:
+    """How many bytes a message has; TypeError or ValueError if it is none."""
+    total = 0
+    for buffer in buffers:
+        if buffer.__class__ is bytes:
+            total += len(buffer)
+            continue
+        with memoryview(buffer) as view:
+            if not view.c_contiguous:
+                raise ValueError("a message's buffers must be contiguous")
+            total += view.nbytes
+    return total
 
 
 def _join(buffers: tuple[Buffer, ...]) -> memoryview:

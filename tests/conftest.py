@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import collections.abc
+import contextlib
 import gc
+import importlib
 import itertools
 import multiprocessing.resource_tracker
 import os
 import threading
+import types
+import typing
 
 import pytest
 
@@ -20,6 +24,12 @@ _numbers = itertools.count()
 
 def pytest_report_header() -> str:
     return f"shmsock engine: {shmsock.ENGINE}"
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the imports made out of every collection: the guard collects after each test."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
@@ -66,3 +76,35 @@ def leak_guard() -> collections.abc.Iterator[None]:
         helpers.wait_until(lambda: not left(), timeout_s=5.0)
     except AssertionError:
         pytest.fail("the test left behind: " + "; ".join(left()))
+
+
+def _engines() -> list[types.ModuleType]:
+    found = [importlib.import_module("shmsock._engine_py")]
+    with contextlib.suppress(ImportError):
+        found.append(importlib.import_module("shmsock._engine"))
+    return found
+
+
+@pytest.fixture(params=_engines(), ids=lambda module: str(module.NAME))
+def engine_module(request: pytest.FixtureRequest) -> types.ModuleType:
+    """Each engine that this build has: one behaviour, one suite."""
+    return typing.cast(types.ModuleType, request.param)
+
+
+@pytest.fixture
+def table(name: str, engine_module: types.ModuleType) -> collections.abc.Iterator[helpers.Member]:
+    """A small table, seen by its creator; nothing runs beside the test."""
+    made = helpers.Member.create(name, engine_module)
+    yield made
+    if not made.engine.closed:
+        made.leave()
+    made.unlink()
+
+
+@pytest.fixture
+def other(table: helpers.Member) -> collections.abc.Iterator[helpers.Member]:
+    """A second participant of ``table``, in this same process."""
+    made = helpers.Member.attach(table.name, table.module)
+    yield made
+    if not made.engine.closed:
+        made.leave()

@@ -11,10 +11,10 @@ import contextlib
 import json
 import os
 import re
+import resource
 import select
 import shutil
 import signal
-import socket
 import socket
 import subprocess
 import sys
@@ -251,14 +251,9 @@ def children(pid: int | str = "self") -> set[int]:
 
 
 def shared_names() -> set[str]:
-    """Everything of ours in /dev/shm; what another test run works with is not ours."""
-    found = set()
-    for name in os.listdir("/dev/shm"):
-        other = re.search(r"shmsock\.[a-z]+(\d+)-", name)
-        foreign = other and int(other[1]) != os.getpid() and os.path.exists(f"/proc/{other[1]}")
-        if "shmsock." in name and not foreign:
-            found.add(name)
-    return found
+    """Everything of ours in /dev/shm: the names of our tests carry our pid."""
+    mine = re.compile(rf"shmsock\.[a-z]+{os.getpid()}-")
+    return {name for name in os.listdir("/dev/shm") if mine.search(name)}
 
 
 # -- the table alone ----------------------------------------------------------------------------
@@ -425,7 +420,9 @@ class Token:
 
 
 class Steps:
-    """Acts at the k-th access of a member to shared state: every store, take and post is one.
+    """Acts at the k-th (or each of several) accesses of a member to shared state.
+
+    Every store is one access; taking and posting a token are two each, before and after.
 
     A store and the one before it enclose all that can be told apart from outside, so an act before
     each access, for every k until the operation completes, is an act at every instruction.
@@ -434,14 +431,15 @@ class Steps:
     _NUMPY = ("error_text", "peer", "user_data", "held")
 
     def __init__(
-        self, member: Member, at: int, act: collections.abc.Callable[[], object]
+        self, member: Member, at: int | set[int], act: collections.abc.Callable[[], object]
     ) -> None:
-        self.count, self._at, self._act = 0, at, act
+        self.count, self._act = 0, act
+        self._at = at if isinstance(at, set) else {at}
         self._member = member
 
     def _step(self) -> None:
         self.count += 1
-        if self.count == self._at:
+        if self.count in self._at:
             self._act()
 
     def __enter__(self) -> Steps:
@@ -510,3 +508,21 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
+
+
+@contextlib.contextmanager
+def out_of_descriptors() -> collections.abc.Iterator[None]:
+    """As long as it lasts, this process can open nothing more: EMFILE."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    low = [fd for fd in descriptors() if fd < 500]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(low) + 4, before[1]))
+    taken: list[int] = []
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
+        yield
+    finally:
+        for fd in taken:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

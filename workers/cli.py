@@ -25,6 +25,7 @@ import shmsock
 from shmsock import AlreadyRunningError, Runtime, RuntimeNotFoundError, ShmsockError
 
 from . import report
+from .listeners import check_path, split_address
 
 OK, FAILED, USAGE, NOT_RUNNING = 0, 1, 2, 3
 
@@ -94,9 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(
-    commands: typing.Any, name: str, run: Command, text: str
-) -> argparse.ArgumentParser:
+def _command(commands: typing.Any, name: str, run: Command, text: str) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     command.add_argument(
         "--name",
@@ -114,6 +113,7 @@ def _serve_parser(commands: typing.Any) -> None:
     add = serve.add_argument
     add(
         "--bind",
+        type=_address,
         action="append",
         metavar="ADDRESS",
         help=f"HOST:PORT, [IPv6]:PORT or unix:PATH; may be given again (default {_DEFAULT_BIND})",
@@ -165,6 +165,17 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _address(text: str) -> str:
+    try:
+        if text.startswith("unix:"):
+            check_path(text.removeprefix("unix:"))
+        else:
+            split_address(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def _name(text: str) -> str:
     try:
         return shmsock.check_name(text)
@@ -184,7 +195,7 @@ def _socket_id(text: str) -> int:
 
 def _serve(options: argparse.Namespace) -> int:
     try:
-        from .supervisor import Config, Supervisor
+        from .supervisor import STOP_SIGNALS, Config, Supervisor
     except ImportError as error:
         print(
             f"shmsock: {error}: the server needs its extra: python -m pip install "
@@ -196,6 +207,8 @@ def _serve(options: argparse.Namespace) -> int:
         level=options.log_level.upper(),
         format="%(asctime)s %(levelname)s supervisor[%(process)d] %(name)s: %(message)s",
     )
+    # One that comes too early waits until the supervisor can act on it; nothing is left behind.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     supervisor = Supervisor(
         Config(
             name=options.name,

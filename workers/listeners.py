@@ -8,6 +8,8 @@ import os
 import socket
 import stat
 
+_MAX_PATH_BYTES = 107  # sockaddr_un, with a NUL at the end
+
 
 class Listener:
     """One bound address."""
@@ -29,8 +31,7 @@ class Listener:
         self.sock.listen(backlog)
 
     def _bind_unix(self, path: str) -> socket.socket:
-        if not path:
-            raise ValueError("unix: needs a path, as in unix:/run/hub.sock")
+        check_path(path)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             if _is_stale(path):
@@ -66,9 +67,22 @@ class Listener:
     def close(self) -> None:
         """Stop listening; a socket file is taken away."""
         self.sock.close()
-        if self.path is not None:
+        path, self.path = self.path, None  # once: another server may have the path by now
+        if path is not None:
             with contextlib.suppress(OSError):
-                os.unlink(self.path)
+                os.unlink(path)
+
+
+def check_path(path: str) -> None:
+    """Check the path of ``unix:PATH``.
+
+    Raises:
+        ValueError: It cannot be a socket's.
+    """
+    if not path:
+        raise ValueError("unix: needs a path, as in unix:/run/hub.sock")
+    if "\0" in path or len(os.fsencode(path)) > _MAX_PATH_BYTES:
+        raise ValueError(f"unix:{path}: a socket's path has at most {_MAX_PATH_BYTES} bytes")
 
 
 def split_address(address: str) -> tuple[str | None, int]:
@@ -93,6 +107,7 @@ def _is_stale(path: str) -> bool:
     except FileNotFoundError:
         return False
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)  # a full backlog is somebody, too
         try:
             probe.connect(path)
         except OSError as error:

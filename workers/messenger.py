@@ -14,7 +14,15 @@ import collections.abc
 import errno
 import logging
 
-from shmsock import Dispatcher, OverCrowdedError, Runtime, SocketFailedError, SocketRef
+from shmsock import (
+    Dispatcher,
+    OverCrowdedError,
+    Runtime,
+    ShmsockError,
+    SocketFailedError,
+    SocketRef,
+    format_socket_id,
+)
 
 from .protocol import Protocol, Session
 
@@ -37,7 +45,7 @@ class Connection:
             with unread data does not make the kernel reset a peer that has not read our answer.
     """
 
-    __slots__ = ("closing", "counted", "head", "session")
+    __slots__ = ("closing", "counted", "head", "rechecked", "session")
 
     def __init__(self) -> None:
         """Nothing was read yet."""
@@ -45,6 +53,7 @@ class Connection:
         self.head = b""
         self.closing = False
         self.counted = 0
+        self.rechecked = False
 
 
 class Messenger:
@@ -72,8 +81,16 @@ class Messenger:
         """Read these from here on: they are ours."""
         for sid in sids:
             self._connections[sid] = Connection()
-            if not self._dispatcher.add_consumer(sid, self._readable, self._ended):
+            watched = False
+            try:
+                watched = self._dispatcher.add_consumer(sid, self._readable, self._ended)
+            except (OSError, ShmsockError) as error:  # the others must be taken all the same
+                log.error("%s cannot be read here: %s", format_socket_id(sid), error)
+                self._runtime.set_failed(sid, errno.EIO, "its worker could not watch it")
+            if not watched:
                 del self._connections[sid]
+            elif self._draining:
+                self._finish(sid)
 
     # -- reading --------------------------------------------------------------------------------
 
@@ -144,14 +161,19 @@ class Messenger:
         parsed = not connection.head and (session is None or session.idle())
         if parsed and not ref.unwritten_bytes():
             ref.busy = False
-        elif parsed:
-            self._dispatcher.call_later(_RECHECK_S, lambda: self._recheck(ref.id))
+        elif parsed and not connection.rechecked:
+            connection.rechecked = True
+            sid = ref.id  # the reference itself would be kept open
+            self._dispatcher.call_later(_RECHECK_S, lambda: self._recheck(sid))
 
     def _recheck(self, sid: int) -> None:
         """Whether an answer that the peer was slow to take is out by now."""
         connection = self._connections.get(sid)
-        ref = self._runtime.address(sid) if connection is not None else None
-        if ref is not None and connection is not None:
+        if connection is None:
+            return
+        connection.rechecked = False
+        ref = self._runtime.address(sid)
+        if ref is not None:
             with ref:
                 self._settle(ref, connection)
                 if self._draining and not ref.busy:
@@ -177,4 +199,11 @@ class Messenger:
         """Close every connection as soon as it is idle; new ones are closed at once."""
         self._draining = True
         for sid in list(self._connections):
-            self._recheck(sid)
+            self._finish(sid)
+
+    def _finish(self, sid: int) -> None:
+        """Answer what has come already, and close if that was all."""
+        ref = self._runtime.address(sid)
+        if ref is not None:
+            with ref:
+                self._readable(ref)

@@ -16,6 +16,7 @@ import functools
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -24,7 +25,7 @@ import time
 
 import numpy as np
 
-from shmsock import Dispatcher, Runtime, TableFullError
+from shmsock import Dispatcher, Runtime, ShmsockError, TableFullError
 
 from .listeners import Listener
 from .worker import Settings
@@ -33,17 +34,25 @@ log = logging.getLogger("shmsock")
 
 ACCEPT_BATCH = 128
 PAUSE_S = 0.1  # out of descriptors: look away from the listeners
+RESERVED_FILES = 64, 4  # what the host needs besides clients: in all, and more for each worker
+REFUSE_AFTER_S = 0.25  # how long who is turned away may take to say what it speaks
+REFUSED_AT_ONCE = 32  # how many of those are waited for
 COUNT_FOR_S = 0.01  # how long a count of owned sockets is good for
 BACK_OFF_S = (0.1, 5.0)
 HEALTHY_AFTER_S = 5.0  # a worker that lived this long starts its back-off anew
 GIVE_UP_AFTER = 5  # deaths in a row before anything was ready
-KILL_GRACE_S = 5.0
+STOP_SIGNALS = signal.SIGTERM, signal.SIGINT
+
+_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 _FULL_REPLY = b"-ERR max number of clients reached\r\n"
 _FULL_PAGE = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain\r\nConnection: close\r\n"
     b"Retry-After: 1\r\nContent-Length: 30\r\n\r\nmax number of clients reached\n"
 )
+
+
+_RAISE_LIMIT = "others wait in the backlog; raise the open-files limit (ulimit -n)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +114,9 @@ class Supervisor:
         self._loads = np.zeros(0, "i8")
         self._counted_s = 0.0
         self._told: set[str] = set()
+        self._refused: set[socket.socket] = set()
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # create has raised it
+        self._keeps = max(1, files - RESERVED_FILES[0] - RESERVED_FILES[1] * config.workers)
         self._on_ready: collections.abc.Callable[[], object] | None = None
         self.runtime.on_join(self._joined)
 
@@ -113,6 +125,8 @@ class Supervisor:
     def run(self, on_ready: collections.abc.Callable[[], object] | None = None) -> int:
         """Serve until SIGTERM or SIGINT, then drain.
 
+        Both may have been blocked since before the runtime was made: they wait until here.
+
         Args:
             on_ready: Called once, when every worker has joined.
 
@@ -120,8 +134,9 @@ class Supervisor:
             An exit code: 0, or 1 when workers never came up.
         """
         self._on_ready = on_ready
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP_SIGNALS:
             signal.signal(number, lambda *_: self.dispatcher.call_soon(self._stop_asked))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         try:
             for _ in range(self.config.workers):
                 self._spawn()
@@ -138,6 +153,8 @@ class Supervisor:
     def _tear_down(self) -> None:
         for listener in self.listeners:
             listener.close()
+        for sock in self._refused:
+            sock.close()
         self.runtime.close()
         self.runtime.unlink()
 
@@ -152,7 +169,10 @@ class Supervisor:
         for listener in self.listeners:
             listener.close()
         for child in self.children:
-            child.process.terminate()
+            if child.index >= 0:
+                child.process.terminate()
+            else:  # has nothing yet, and no handler
+                child.process.kill()
         self.dispatcher.call_later(self.config.graceful_timeout_s, self._kill)
         self._stop_if_alone()
 
@@ -176,13 +196,26 @@ class Supervisor:
             "pages_remote": config.pages_remote,
             "max_connections": config.max_connections,
         }
-        process = subprocess.Popen(
-            [sys.executable, "-m", "workers.worker", config.name], stdin=subprocess.PIPE
-        )
+        # -P: not to import a directory named "workers" that happens to be where we were started.
+        safe = [] if os.getcwd() == _ROOT else ["-P"]
+        # A terminal's Ctrl-C reaches workers too: blocked until they ignore it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            process = subprocess.Popen(
+                [sys.executable, *safe, "-m", "workers.worker", config.name], stdin=subprocess.PIPE
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         assert process.stdin is not None
+        try:
+            pidfd = os.pidfd_open(process.pid)
+        except OSError:
+            process.kill()
+            process.communicate()
+            raise
         with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
             pipe.write(json.dumps(settings).encode())
-        child = Child(process, os.pidfd_open(process.pid), time.monotonic())
+        child = Child(process, pidfd, time.monotonic())
         self.children.append(child)
         self.dispatcher.add_reader(child.pidfd, lambda: self._died(child))
 
@@ -193,7 +226,7 @@ class Supervisor:
                 child.index = index
                 self._failures = 0
                 log.info("worker %d is process %d", child.process.pid, index)
-        if not self._draining:
+        if not self._draining and self._ready():  # who joined may be no worker
             self._start_accepting()
             if self._on_ready is not None and all(c.index >= 0 for c in self.children):
                 on_ready, self._on_ready = self._on_ready, None
@@ -205,7 +238,10 @@ class Supervisor:
         self.children.remove(child)
         code = child.process.wait()
         self._counted_s = 0.0
-        self.runtime.repair()
+        try:
+            self.runtime.repair()
+        except (OSError, ShmsockError):
+            log.exception("what a worker held is given back later")
         if self._draining:
             self._stop_if_alone()
             return
@@ -231,8 +267,13 @@ class Supervisor:
         self.dispatcher.call_later(0 if healthy else self._back_off_s, self._respawn)
 
     def _respawn(self) -> None:
-        if not self._draining and len(self.children) < self.config.workers:
+        if self._draining or len(self.children) >= self.config.workers:
+            return
+        try:
             self._spawn()
+        except OSError as error:  # no descriptor, process or memory left: perhaps later
+            self._tell_once(f"cannot start a worker ({error.strerror}): tried again and again")
+            self.dispatcher.call_later(BACK_OFF_S[1], self._respawn)
 
     def _ready(self) -> list[int]:
         return [child.index for child in self.children if child.index >= 0]
@@ -271,8 +312,13 @@ class Supervisor:
     def _accept(self, listener: socket.socket) -> None:
         """Accept a batch, place each connection, pass them on together."""
         placed: dict[int, list[int]] = {}
-        room = self.config.max_connections - self.runtime.in_use()
-        for _ in range(ACCEPT_BATCH):
+        in_use = self.runtime.in_use()
+        room = self.config.max_connections - in_use
+        if room > 0 and in_use >= self._keeps:
+            # Before the kernel says so: the workers' channels need some as well.
+            self._pause(f"no more than {self._keeps} connections: {_RAISE_LIMIT}")
+            return
+        for _ in range(min(ACCEPT_BATCH, max(1, self._keeps - in_use))):
             try:
                 sock, _address = listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -280,10 +326,7 @@ class Supervisor:
             except OSError as error:
                 if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     raise
-                self._pause(
-                    f"cannot accept ({error.strerror}): connections wait in the backlog; "
-                    "raise the open-files limit (ulimit -n)"
-                )
+                self._pause(f"cannot accept ({error.strerror}): {_RAISE_LIMIT}")
                 break
             if room <= 0:
                 self._turn_away(sock, f"--max-connections {self.config.max_connections}")
@@ -313,12 +356,24 @@ class Supervisor:
         return int(ready[np.argmin(self._loads[ready])])
 
     def _turn_away(self, sock: socket.socket, limit: str) -> None:
-        """Tell a client that there is no room, in its own protocol if it has spoken already."""
+        """Tell a client that there is no room, once it has said what it speaks."""
         self._tell_once(f"full: connections are turned away at {limit}")
+        sock.setblocking(False)
+        self._refused.add(sock)
+        if len(self._refused) > REFUSED_AT_ONCE:
+            self._refuse(sock)
+            return
+        self.dispatcher.add_reader(sock.fileno(), functools.partial(self._refuse, sock))
+        self.dispatcher.call_later(REFUSE_AFTER_S, functools.partial(self._refuse, sock))
+
+    def _refuse(self, sock: socket.socket) -> None:
+        if sock not in self._refused:
+            return
+        self._refused.discard(sock)
+        self.dispatcher.remove_reader(sock.fileno())
         with sock, contextlib.suppress(OSError):
-            sock.setblocking(False)
             head = b""
             with contextlib.suppress(BlockingIOError):
-                head = sock.recv(1024)
+                head = sock.recv(64 << 10)
             sock.send(_FULL_PAGE if b" HTTP/1." in head else _FULL_REPLY, socket.MSG_NOSIGNAL)
             sock.shutdown(socket.SHUT_WR)

@@ -1,0 +1,1 @@
+"""How fast, beside what: ``python -m bench``. README.md has the method and the figures."""

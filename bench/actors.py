@@ -1,0 +1,130 @@
+"""The other processes of the push bench: the owner of the client's socket, and the one who pushes.
+
+Run as ``python -m bench.actors`` by ``programs.actor``: a JSON line in, a JSON line out, until the
+input ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import sys
+import threading
+import time
+import typing
+
+import redis
+
+import shmsock
+
+from .push import CHANNEL, FORWARDED, MESSAGE_BYTES, STAMP
+
+_PADDING = bytes(MESSAGE_BYTES - STAMP.size)
+
+Send = typing.Callable[[bytes], object]
+
+
+class Actor:
+    """Does what it is asked; every method is a request."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        """What is opened is closed with the stack."""
+        self._stack = stack
+        self._ways: dict[str, Send] = {}
+        self._acknowledged: socket.socket | None = None
+
+    # -- the owner of the client's socket ---------------------------------------------------
+
+    def own(self, name: str, port: int) -> int:
+        """Create a runtime; become the owner of a connection to the waiting client; its id."""
+        runtime = self._stack.enter_context(
+            shmsock.Runtime.create(name, slots=1024, processes=16, stripes=8)
+        )
+        sock = socket.create_connection(("127.0.0.1", port))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return runtime.create_socket(sock)
+
+    def forward(self, redis_port: int, sid: int) -> None:
+        """Subscribe, and write what is published to the client: a worker behind a broker."""
+        subscriber = redis.Redis(port=redis_port).pubsub(ignore_subscribe_messages=True)
+        subscriber.subscribe(FORWARDED)
+        subscriber.get_message(timeout=10)
+        reference = shmsock.current().address(sid)
+        assert reference is not None
+        self._stack.enter_context(reference)
+        plain = socket.socket(fileno=socket.dup(reference.fileno()))
+        self._stack.callback(plain.close)
+
+        def loop() -> None:
+            for message in subscriber.listen():
+                plain.sendall(message["data"])
+
+        threading.Thread(target=loop, daemon=True).start()
+
+    # -- the one who pushes -----------------------------------------------------------------
+
+    def prepare(self, name: str, sid: int, fd: int, plain_fd: int, redis_port: int) -> None:
+        """Get ready to push to ``sid`` by every way there is.
+
+        Args:
+            name: The runtime's.
+            sid: The client's socket, which another process owns.
+            fd: Where the receiver acknowledges each message with a byte.
+            plain_fd: A connection of this process's own to the receiver.
+            redis_port: Of the broker.
+        """
+        self._acknowledged = self._stack.enter_context(socket.socket(fileno=fd))
+        runtime = self._stack.enter_context(shmsock.Runtime.attach(name))
+        address = runtime.address
+        plain = self._stack.enter_context(socket.socket(fileno=plain_fd))
+
+        def push(message: bytes) -> None:
+            reference = address(sid)
+            assert reference is not None
+            with reference:
+                reference.write(message)
+
+        held = address(sid)
+        assert held is not None
+        held.fileno()  # fetched from the host before anything is measured
+        held.close()
+        broker = redis.Redis(port=redis_port, single_connection_client=True)
+        self._stack.callback(broker.close)
+        self._ways = {
+            "shmsock": push,
+            "plain": plain.send,
+            "redis": lambda message: broker.publish(CHANNEL, message),
+            "forwarded": lambda message: broker.publish(FORWARDED, message),
+        }
+
+    def push(self, way: str, count: int) -> list[int]:
+        """Push ``count`` messages, each as soon as the one before it has arrived.
+
+        Returns:
+            How long each call took, in nanoseconds.
+        """
+        send, acknowledged = self._ways[way], self._acknowledged
+        assert acknowledged is not None
+        now, pack, wait = time.monotonic_ns, STAMP.pack, acknowledged.recv
+        took = []
+        for _ in range(count):
+            started = now()
+            send(pack(started) + _PADDING)
+            took.append(now() - started)
+            if not wait(1):
+                raise RuntimeError("the receiver has gone")
+        return took
+
+
+def main() -> None:
+    with contextlib.ExitStack() as stack:
+        actor = Actor(stack)
+        for line in sys.stdin:
+            request = json.loads(line)
+            answer = getattr(actor, request.pop("do"))(**request)
+            print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""Other processes of a bench: servers and actors, started apart and always stopped.
+
+Each is the leader of a session of its own, so that a Ctrl-C reaches the bench alone, which then
+stops them in order; whatever is left of a session after that is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import typing
+
+import shmsock
+
+from .environment import REPOSITORY
+from .measure import BrokenError, UnavailableError
+
+START_S, STOP_S, ANSWER_S = 30.0, 15.0, 120.0
+TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+
+
+def which(program: str) -> str:
+    """Where a program is.
+
+    Raises:
+        UnavailableError: Nowhere.
+    """
+    path = shutil.which(program)
+    if path is None:
+        raise UnavailableError(f"{program} is not installed")
+    return path
+
+
+@contextlib.contextmanager
+def _started(
+    command: list[str], *, errors: typing.IO[bytes] | None = None, **options: typing.Any
+) -> typing.Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(
+        command, start_new_session=True, cwd=REPOSITORY, stderr=errors, **options
+    )
+    try:
+        yield process
+    finally:
+        _stop(process)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask it to end, by the end of its input or by SIGTERM; then kill what is left of it."""
+    if process.stdin is not None:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+    elif process.returncode is None:
+        process.send_signal(signal.SIGTERM)
+    if process.returncode is None:
+        # ORDER: killed before it is reaped: only until then the group's number is surely its own.
+        _wait_unreaped(process.pid, STOP_S)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
+
+
+def _wait_unreaped(pid: int, timeout_s: float) -> None:
+    """Wait for the end of a child and leave it a zombie."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return
+        time.sleep(0.01)
+
+
+# -- servers ------------------------------------------------------------------------------------
+
+
+class Server(typing.NamedTuple):
+    """A running server: its port, and the process at the root of its tree."""
+
+    port: int
+    pid: int
+
+    def processes(self) -> set[int]:
+        """The whole tree's processes."""
+        return tree(self.pid)
+
+    def cpu_s(self) -> float:
+        """User and system time of the whole tree until now, once it has nothing left to do.
+
+        The kernel counts in ticks, of 10 ms mostly. Idle is: no further tick in three.
+        """
+        deadline = time.monotonic() + 5.0
+        before, now = -1, self._ticks()
+        while before != now and time.monotonic() < deadline:
+            time.sleep(3 * TICK_S)
+            before, now = now, self._ticks()
+        return now * TICK_S
+
+    def _ticks(self) -> int:
+        return sum(sum(map(int, _stat(pid)[11:13])) for pid in self.processes())
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/<pid>/stat from the third on: state, ppid, ...; utime is [11]."""
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()
+
+
+def tree(root: int) -> set[int]:
+    parents: dict[int, int] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError):
+                parents[int(entry)] = int(_stat(int(entry))[1])
+    found, before = {root}, 0
+    while len(found) != before:
+        before = len(found)
+        found |= {pid for pid, parent in parents.items() if parent in found}
+    return found
+
+
+@contextlib.contextmanager
+def shmsock_server(workers: int) -> typing.Iterator[Server]:
+    """``shmsock serve`` on a free port, under a name of its own."""
+    name = f"bench-{os.getpid()}-serve"
+    command = [sys.executable, "-m", "workers.cli", "serve", "--name", name]
+    command += ["--bind", "127.0.0.1:0", "--workers", str(workers), "--log-level", "warning"]
+    command += ["--graceful-timeout", "2"]
+    try:
+        with (
+            tempfile.TemporaryFile() as errors,
+            _started(command, errors=errors, stdout=subprocess.PIPE) as process,
+        ):
+            yield Server(_port_of_banner(process, errors), process.pid)
+    finally:
+        shmsock.clean(name)  # finds nothing, unless it had to be killed
+
+
+def _port_of_banner(process: subprocess.Popen[bytes], errors: typing.IO[bytes]) -> int:
+    """Read the banner, which comes when every worker has joined, for the port that was free."""
+    assert process.stdout is not None
+    deadline = time.monotonic() + START_S
+    text = b""
+    while select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        chunk = os.read(process.stdout.fileno(), 65536)
+        text += chunk
+        for line in text.split(b"\n")[:-1]:
+            if line.split()[:1] == [b"listens"]:
+                return int(line.rpartition(b":")[2])
+        if not chunk:
+            break
+    errors.seek(0)
+    raise BrokenError("shmsock serve did not start: " + errors.read().decode().strip()[-500:])
+
+
+@contextlib.contextmanager
+def redis_server() -> typing.Iterator[Server]:
+    """redis-server on a free port, with nothing to save and one thread, as it comes."""
+    program = which("redis-server")
+    with tempfile.TemporaryDirectory(prefix="shmsock-bench-") as directory:
+        port = _free_port()
+        command = [program, "--bind", "127.0.0.1", "--port", str(port), "--dir", directory]
+        command += ["--save", "", "--appendonly", "no", "--daemonize", "no"]
+        with _started(command, stdout=subprocess.DEVNULL) as process:
+            _wait_for_redis(process, port)
+            yield Server(port, process.pid)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_for_redis(process: subprocess.Popen[bytes], port: int) -> None:
+    """Wait until it answers, and that it is this one: another may have taken the port."""
+    wanted = f"process_id:{process.pid}\r".encode()
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as sock:
+            sock.sendall(b"INFO server\r\n")
+            if wanted in sock.recv(65536):
+                return
+        time.sleep(0.02)
+    raise BrokenError(f"redis-server did not start on port {port}")
+
+
+# -- actors -------------------------------------------------------------------------------------
+
+
+class Actor:
+    """A process of ``bench.actors``: takes one JSON line, answers with one. Ends with its input."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        """Made by ``actor``."""
+        self.process = process
+
+    def tell(self, do: str, **arguments: object) -> None:
+        """Send a request without waiting for its answer."""
+        assert self.process.stdin is not None
+        line = json.dumps({"do": do, **arguments}).encode() + b"\n"
+        try:
+            self.process.stdin.write(line)
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise BrokenError("an actor has ended; what it said is above") from None
+
+    def answer(self) -> typing.Any:
+        """Wait for an answer."""
+        assert self.process.stdout is not None
+        if not select.select([self.process.stdout], [], [], ANSWER_S)[0]:
+            raise BrokenError(f"an actor did not answer in {ANSWER_S:.0f} s")
+        line = self.process.stdout.readline()
+        if not line:
+            raise BrokenError("an actor has ended; what it said is above")
+        return json.loads(line)
+
+    def ask(self, do: str, **arguments: object) -> typing.Any:
+        """Send a request and wait for its answer."""
+        self.tell(do, **arguments)
+        return self.answer()
+
+
+@contextlib.contextmanager
+def actor(*pass_fds: int) -> typing.Iterator[Actor]:
+    """Start one, with these descriptors under the same numbers."""
+    with _started(
+        [sys.executable, "-m", "bench.actors"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        pass_fds=pass_fds,
+    ) as process:
+        yield Actor(process)
