@@ -191,6 +191,8 @@ class Scene:
         assert engine.status(self.bystander) is ALIVE
         assert table.nref(self.bystander) == 2
         status = engine.status(self.sid)
+        if status is GONE:  # no life is skipped, and none comes again
+            assert table.version(self.sid & SLOT) == (self.sid >> 32) + 2
         assert status in OUTCOMES.get(what, {ALIVE, FAILED, GONE})
         if what in ("take_turn", "give_turn") and status is FAILED:
             assert table.cells.error_code[self.sid & SLOT] == errno.EPIPE
@@ -565,6 +567,66 @@ def test_crash_while_opening_is_retired_again(table: Member) -> None:
         assert table.recovery.look()
         assert table.cells.ctl[1] == generation + 1 << 2 | OPEN
         assert_sound(table)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_token_of_a_retired_semaphore_is_worthless(
+    when: str, table: Member, other: Member
+) -> None:
+    """Two could be inside: whoever has a token looks again whether it still is the stripe's."""
+    old = other.semaphores.get(0, 1)
+    assert old is not None
+    claims = []
+
+    class RetiredOnTheWay:
+        def acquire(self, timeout: float) -> None:
+            if when == "after":
+                old.acquire(timeout)
+            with table.recovery.arbitrated(1.0):
+                assert table.recovery.retire(0)
+            if when == "before":
+                old.acquire(timeout)
+
+    def inside(slot: int, _: object) -> int:
+        claims.append(other.cells.claims[other.index * 2])
+        return 1
+
+    other.semaphores._handles[0][1] = RetiredOnTheWay()
+    assert other.engine.run(0, inside, -1) == 1
+    other.semaphores._handles[0].pop(1)
+    assert claims == [2 << 2 | OWN]
+    assert old.value == 0  # and it is never posted
+    old.close()
+    assert_sound(table)
+
+
+@pytest.mark.parametrize("what", OPERATIONS)
+def test_retiring_in_the_middle_of_an_operation_changes_nothing(
+    what: str, table: Member, other: Member, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every access of one process another takes it for stuck: a false alarm is harmless."""
+    monkeypatch.setattr(recovery_module, "DRAIN_TIMEOUT_S", 0)
+
+    def retire_all() -> None:
+        with table.recovery.arbitrated(1.0) as arbiter:
+            for stripe in range(table.layout.stripes) if arbiter else ():
+                table.recovery.retire(stripe)
+
+    for at in range(1, 500):
+        scene = Scene(table, held=True)
+        operation = OPERATIONS[what](other, scene.sid)
+        with Steps(other, at, retire_all) as steps:
+            operation()
+        del operation
+        kept.clear()
+        scene.take_back(other)
+        for sid in live_sockets(other):
+            other.engine.set_failed(sid, 1, "")
+        wait_until(lambda: table.recovery.look() and not any(c & 3 for c in table.cells.ctl))
+        scene.check(what)
+        if steps.count < at:
+            return
+    raise AssertionError("the operation never completed")
 
 
 def test_closed_stripe_is_resumed_by_whoever_waits_for_it(table: Member) -> None:

@@ -611,10 +611,11 @@ def test_reference_dropped_while_the_local_lock_is_had_for_a_moment_is_given_bac
 ) -> None:
     """Or a failed socket would keep its slot until the next transition."""
     sid, fast = table.new(), table.new()
-    keeper = table.engine.address(fast)
+    kept = [table.engine.address(fast)]
     for use in (
-        lambda: table.engine.address(fast).close(),
-        lambda: keeper.add_reference().close(),
+        lambda: kept.append(table.engine.address(fast)),
+        lambda: kept.append(kept[0].add_reference()),
+        lambda: kept[2].close(),
         table.engine.drain,
     ):
         held = [table.engine.address(sid)]
@@ -623,7 +624,6 @@ def test_reference_dropped_while_the_local_lock_is_had_for_a_moment_is_given_bac
         assert table.nref(sid) == 2
         use()
         assert table.nref(sid) == 1
-    keeper.close()
 
 
 def test_draining_never_waits_for_a_stripe(table: Member, other: Member) -> None:

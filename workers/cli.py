@@ -195,7 +195,7 @@ def _socket_id(text: str) -> int:
 
 def _serve(options: argparse.Namespace) -> int:
     try:
-        from .supervisor import STOP_SIGNALS, Config, Supervisor
+        from .supervisor import Config, Supervisor
     except ImportError as error:
         print(
             f"shmsock: {error}: the server needs its extra: python -m pip install "
@@ -207,8 +207,6 @@ def _serve(options: argparse.Namespace) -> int:
         level=options.log_level.upper(),
         format="%(asctime)s %(levelname)s supervisor[%(process)d] %(name)s: %(message)s",
     )
-    # One that comes too early waits until the supervisor can act on it; nothing is left behind.
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     supervisor = Supervisor(
         Config(
             name=options.name,

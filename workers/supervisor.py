@@ -88,6 +88,8 @@ class Supervisor:
     def __init__(self, config: Config) -> None:
         """Create the runtime and bind; nothing is accepted yet.
 
+        From here on SIGTERM and SIGINT are ours: dying of one would leave names behind.
+
         Raises:
             AlreadyRunningError: The name is taken by a live runtime.
             OSError: An address cannot be bound, or /dev/shm is too small.
@@ -95,6 +97,10 @@ class Supervisor:
         """
         self.config = config
         self.listeners: list[Listener] = []
+        self._refused: set[socket.socket] = set()
+        early: list[int] = []
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda number, _: early.append(number))
         self.runtime = Runtime.create(
             config.name, slots=config.slots, max_unwritten_bytes=config.max_unwritten_bytes
         )
@@ -105,6 +111,10 @@ class Supervisor:
             self._tear_down()
             raise
         self.dispatcher = Dispatcher(self.runtime)
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda *_: self.dispatcher.call_soon(self._stop_asked))
+        if early:
+            self.dispatcher.call_soon(self._stop_asked)
         self.children: list[Child] = []
         self.exit_code = 0
         self._accepting = False
@@ -114,7 +124,6 @@ class Supervisor:
         self._loads = np.zeros(0, "i8")
         self._counted_s = 0.0
         self._told: set[str] = set()
-        self._refused: set[socket.socket] = set()
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # create has raised it
         self._keeps = max(1, files - RESERVED_FILES[0] - RESERVED_FILES[1] * config.workers)
         self._on_ready: collections.abc.Callable[[], object] | None = None
@@ -125,8 +134,6 @@ class Supervisor:
     def run(self, on_ready: collections.abc.Callable[[], object] | None = None) -> int:
         """Serve until SIGTERM or SIGINT, then drain.
 
-        Both may have been blocked since before the runtime was made: they wait until here.
-
         Args:
             on_ready: Called once, when every worker has joined.
 
@@ -134,9 +141,6 @@ class Supervisor:
             An exit code: 0, or 1 when workers never came up.
         """
         self._on_ready = on_ready
-        for number in STOP_SIGNALS:
-            signal.signal(number, lambda *_: self.dispatcher.call_soon(self._stop_asked))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         try:
             for _ in range(self.config.workers):
                 self._spawn()
