@@ -33,9 +33,9 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture
-def name() -> collections.abc.Iterator[str]:
+def name() -> str:
     """A runtime name that no parallel run uses."""
-    yield f"t{os.getpid()}-{next(_numbers)}"
+    return f"t{os.getpid()}-{next(_numbers)}"
 
 
 @pytest.fixture
