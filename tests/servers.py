@@ -215,7 +215,7 @@ class Server:
         for entry in os.listdir("/proc"):
             if entry.isdigit():
                 with contextlib.suppress(OSError):
-                    if os.getsid(int(entry)) == self.process.pid and not _is_zombie(int(entry)):
+                    if os.getsid(int(entry)) == self.process.pid and not _has_ended(int(entry)):
                         found.append(int(entry))
         return found
 
@@ -285,9 +285,13 @@ def _all_of(file: typing.IO[str]) -> str:
     return os.pread(fd, os.fstat(fd).st_size, 0).decode("utf-8", "replace")
 
 
-def _is_zombie(pid: int) -> bool:
-    with open(f"/proc/{pid}/stat") as file:
-        return file.read().rpartition(")")[2].split()[0] == "Z"
+def _has_ended(pid: int) -> bool:
+    """Whether every thread has: until then its locks and descriptors are held."""
+    for task in os.listdir(f"/proc/{pid}/task"):
+        with open(f"/proc/{pid}/task/{task}/stat") as file:
+            if file.read().rpartition(")")[2].split()[0] not in "ZX":
+                return False
+    return True
 
 
 def shmsock_command(

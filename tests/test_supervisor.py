@@ -36,17 +36,14 @@ def drained(server: Server) -> None:
 # -- stopping -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_supervisor_leaves_nothing(
-    number: signal.Signals, tmp_path: pathlib.Path
-) -> None:
+def test_sigterm_leaves_nothing(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "hub.sock"
     with Server(bind=["127.0.0.1:0", f"unix:{path}"]) as server:
         assert path.is_socket()
         with server.client() as client, server.client() as listener:
             assert client.call("PING") == "PONG"
             assert listener.call("SUBSCRIBE", "c")[2] == 1
-            server.stop(number)
+            server.stop(signal.SIGTERM)
             assert (client.ended(), listener.ended()) == (b"", b"")
         assert not path.exists()
 
@@ -73,8 +70,15 @@ def _a_worker_has_joined(server: Server) -> bool:
     return "is process" in server.log()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("moment", [_segment_exists, _a_worker_starts, _a_worker_has_joined])
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [
+        (_segment_exists, signal.SIGTERM),
+        (_segment_exists, signal.SIGINT),
+        (_a_worker_starts, signal.SIGINT),
+        (_a_worker_has_joined, signal.SIGINT),
+    ],
+)
 def test_a_signal_while_it_starts_leaves_nothing(
     number: signal.Signals, moment: collections.abc.Callable[[Server], bool]
 ) -> None:
@@ -248,6 +252,7 @@ def test_workers_that_never_come_up_end_the_server(tmp_path: pathlib.Path) -> No
         assert not path.exists()
 
 
+@pytest.mark.slow
 def test_a_worker_that_does_not_come_back_is_tried_again_more_and_more_slowly(
     tmp_path: pathlib.Path,
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import socket
 import stat
 
@@ -92,7 +93,7 @@ def split_address(address: str) -> tuple[str | None, int]:
         ValueError: It is no such thing.
     """
     host, colon, port = address.rpartition(":")
-    if not colon or not port.isdigit() or int(port) > 65535:
+    if not colon or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
         raise ValueError(f"{address!r} is no address: use HOST:PORT, [IPv6]:PORT or unix:PATH")
     if host.startswith("[") != host.endswith("]") or (":" in host and not host.startswith("[")):
         raise ValueError(f"{address!r}: write an IPv6 address as [::1]:7379")

@@ -277,7 +277,8 @@ class Supervisor:
             self._spawn()
         except OSError as error:  # no descriptor, process or memory left: perhaps later
             self._tell_once(f"cannot start a worker ({error.strerror}): tried again and again")
-            self.dispatcher.call_later(BACK_OFF_S[1], self._respawn)
+            self._back_off_s = min(2 * self._back_off_s, BACK_OFF_S[1])
+            self.dispatcher.call_later(self._back_off_s, self._respawn)
 
     def _ready(self) -> list[int]:
         return [child.index for child in self.children if child.index >= 0]
