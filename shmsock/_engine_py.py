@@ -91,6 +91,7 @@ class NewSocket:
     owner: int = 0
     inode: int = 0
     kind: int = 0
+    on_owner_death: int = 0
     peer: bytes = b""
     user_data: bytes = b""
     slot: int = -1  # filled in: where it went, and as what
@@ -463,6 +464,7 @@ class Engine:
         cells.retired[slot] = cells.busy[slot] = cells.selector[slot] = 0
         cells.error_code[slot] = cells.writer[slot] = 0
         cells.kind[slot] = new.kind
+        cells.on_owner_death[slot] = new.on_owner_death
         cells.inode[slot] = new.inode
         cells.created_ns[slot] = now_ns
         cells.read_ns[slot] = cells.written_ns[slot] = 0
@@ -546,6 +548,11 @@ class Engine:
             return NOTHING
         self.cells.retired[slot] = 1
         return settle(self.cells, slot, self._processes)
+
+    def is_live(self, sid: int) -> bool:
+        """Whether an id addresses a socket right now."""
+        slot = self._slot_of(sid)
+        return slot >= 0 and self._is_live(slot, sid)
 
     def _is_live(self, slot: int, sid: int) -> bool:
         version = self.cells.versioned_ref[slot] >> SLOT_BITS

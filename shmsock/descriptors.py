@@ -31,7 +31,7 @@ import numpy as np
 from . import channel
 from .engine import Engine
 from .errors import DescriptorError
-from .layout import KIND_NAMES, SLOT_BITS, SLOT_MASK
+from .layout import KIND_NAMES, LIVE, SLOT_BITS, SLOT_MASK
 from .segment import Segment
 from .service import Service
 from .store import Store, shut_down
@@ -39,6 +39,8 @@ from .store import Store, shut_down
 log = logging.getLogger("shmsock")
 
 FETCH_TIMEOUT_S = 5.0
+_LISTENER = KIND_NAMES.index("listener")
+_RECONNECT_S = 0.02, 0.5
 
 
 class Entry:
@@ -106,6 +108,9 @@ class Descriptors:
         self.on_arrival: collections.abc.Callable[[list[int]], None] | None = None
         # Called in the service loop when a socket whose descriptor was cached has ended.
         self.on_hang_up: collections.abc.Callable[[int], None] | None = None
+        # Called with a socket of ours whose descriptor nobody has any more.
+        self.on_lost: collections.abc.Callable[[int], object] = lambda sid: None
+        self._missed: dict[int, float] = {}
         self._segment = segment
         self._cells = segment.cells
         self._engine = engine
@@ -116,6 +121,7 @@ class Descriptors:
         self._limit = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._idle_fetchers: list[socket.socket] = []
         self._link: channel.Link | None = None
+        self._closed = False
         self._wants_link = False  # whether the timer should connect again
         engine.let_go = self._let_go
 
@@ -351,6 +357,7 @@ class Descriptors:
                 if entry.put
                 and not self._engine.count(sid & SLOT_MASK)
                 and self._cells.owner[sid & SLOT_MASK] != self._engine.word
+                and self._cells.kind[sid & SLOT_MASK] != _LISTENER  # held for the next host
                 and all(forget == self._service.unwatch for forget in entry.pollers)
             ]
             idle.sort(key=lambda entry: entry.used)
@@ -404,9 +411,27 @@ class Descriptors:
             sock.setblocking(False)
             service = self._service
             self._link = channel.Link(
-                sock, service.watch, service.unwatch, self._fd_of, self._hear, lambda _: None
+                sock, service.watch, service.unwatch, self._fd_of, self._hear, self._lost
             )
+            # A new host collects from everybody what its predecessor kept.
+            missing = [sid for sid, entry in list(self._entries.items()) if not entry.put]
+            if missing:
+                self._link.tell(channel.PUT, missing)
         return self._link
+
+    def _lost(self, _: channel.Link) -> None:
+        """The host hung up: it died, or left. Whoever follows it is given everything again."""
+        for entry in list(self._entries.values()):
+            entry.put = False
+        self._reconnect(_RECONNECT_S[0])
+
+    def _reconnect(self, delay_s: float) -> None:
+        def again() -> None:
+            if not self._closed and self.connect() is None:
+                self._reconnect(min(2 * delay_s, _RECONNECT_S[1]))
+
+        if not self._closed:
+            self._service.call_later(delay_s, again)
 
     def tick(self) -> None:
         """Once a second, in the service loop."""
@@ -421,6 +446,33 @@ class Descriptors:
             elif link is not None:
                 link.flush()
 
+    def claim_unknown(self) -> None:
+        """Ask for the sockets that are ours in the table and that nobody has told us about.
+
+        A new owner is told by a message, which may be lost with its sender; the owner word is the
+        truth. What the host cannot give within five seconds is lost for good, and fails.
+        """
+        link, columns = self._link, self._segment.columns
+        if link is None or link.closed:
+            return
+        mine = (columns.owner == self._engine.word) & (columns.state == LIVE)
+        versions = columns.versioned_ref >> np.uint64(SLOT_BITS)
+        rows = np.flatnonzero(mine & ((versions & np.uint64(1)) == 0)).tolist()
+        unknown = {
+            sid
+            for row in rows
+            if (sid := int(versions[row]) << SLOT_BITS | row) not in self._entries
+        }
+        now = time.monotonic()
+        self._missed = {sid: self._missed.get(sid, now) for sid in unknown}
+        # A hand-over may be under way to us: what is still missing at the next look is asked for.
+        asked = [sid for sid, since in self._missed.items() if since < now]
+        lost = [sid for sid in asked if now - self._missed[sid] > FETCH_TIMEOUT_S]
+        if asked:
+            link.tell(channel.GET, asked)
+        for sid in lost:
+            self.on_lost(sid)
+
     def _fd_of(self, sid: int) -> int:
         entry = self._entries.get(sid)
         return entry.fd if entry is not None else -1
@@ -433,6 +485,14 @@ class Descriptors:
                     entry.put = True
         elif message.type == channel.PASS:
             self._receive_passed(link, message)
+        elif message.type == channel.GOT:  # answers claim_unknown
+            for sid, fd in zip(message.ids, message.descriptors, strict=False):
+                self._arrived(sid, fd)
+            if self.on_arrival is not None:
+                self.on_arrival(list(message.ids[: len(message.descriptors)]))
+        elif message.type == channel.KEEP:
+            for sid, fd in zip(message.ids, message.descriptors, strict=False):
+                self._arrived(sid, fd)
         else:
             channel.close_all(message.descriptors)
 
@@ -452,6 +512,7 @@ class Descriptors:
 
     def close(self) -> None:
         """Close the channel and every cached descriptor; nothing is shut down."""
+        self._closed = True
         if self._link is not None:
             self._link.close()
         self.forget()

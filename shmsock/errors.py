@@ -4,6 +4,7 @@
     ├── FormatError             the segment is not ours, or of another layout: nothing was touched
     ├── RuntimeNotFoundError    no runtime of that name: start one
     ├── AlreadyRunningError     a runtime of that name is alive: attach to it, or take another name
+    │   └── HostLostError       it is alive but its host has died: Runtime.take_over
     ├── TableFullError          no free slot or process row: raise the option it names
     ├── StripeTimeoutError      a live process sits on a stripe (also a TimeoutError)
     ├── SocketFailedError       the socket has failed; carries the winner's code and text
@@ -38,6 +39,10 @@ class InTransitionError(RuntimeNotFoundError):
 
 class AlreadyRunningError(ShmsockError):
     """A runtime of that name is alive; the message names its processes."""
+
+
+class HostLostError(AlreadyRunningError):
+    """The runtime is alive but its host has died: ``Runtime.take_over`` makes this process it."""
 
 
 class TableFullError(ShmsockError):

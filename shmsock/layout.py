@@ -22,7 +22,7 @@ import typing
 import numpy as np
 
 MAGIC = 0x6B636F736D6873  # "shmsock"
-LAYOUT = 1
+LAYOUT = 2
 PAGE_BYTES = 4096
 ALIGN_BYTES = 64
 
@@ -38,6 +38,8 @@ FREE, LIVE, RECYCLING = 0, 1, 2
 REAPING = 2
 # Phases of a stripe's control word.
 OPEN, CLOSED, OPENING = 0, 1, 2
+# What becomes of an idle socket when its owner dies.
+ON_OWNER_DEATH = ("fail", "rehome")
 # Claims of a process on a stripe.
 WANT, OWN, BROKEN = 1, 2, 3
 
@@ -163,6 +165,7 @@ _COLUMNS = (
     ("retired", "u1", "s"),
     ("busy", "u1", "s"),
     ("kind", "u1", "s"),
+    ("on_owner_death", "u1", "s"),
     ("selector", "u1", "s"),
     ("error_code", "i4", "s"),
     ("inode", "u8", "s"),

@@ -224,7 +224,9 @@ class Recovery:
         versions, nrefs = vrefs >> np.uint64(SLOT_BITS), vrefs & np.uint64(SLOT_MASK)
         even = (versions & np.uint64(1)) == 0
         expected = attached + (even & (self._columns.retired[rows] == 0))
-        orphaned = ~np.isin(self._columns.owner[rows], live)
+        # Half a request must never reach another parser: only an idle socket can go on elsewhere.
+        rehomed = (self._columns.on_owner_death[rows] != 0) & (self._columns.busy[rows] == 0)
+        orphaned = ~np.isin(self._columns.owner[rows], live) & ~rehomed
         torn = ~np.isin(self._columns.writer[rows], live)
         suspect = np.where(
             states == FREE,
@@ -359,8 +361,12 @@ class Recovery:
     def _audit_processes(self, live: np.ndarray[tuple[int], np.dtype[np.bool]]):  # type: ignore[no-untyped-def]
         columns = self._columns
         words = np.array([0, *self._processes.live_words()], "u8")
-        for column, name in ((columns.owner, "owned"), (columns.writer, "written")):
-            for slot in np.flatnonzero(live & ~np.isin(column, words)).tolist():
+        rehomed = (columns.on_owner_death != 0) & (columns.busy == 0)  # waits for a new owner
+        for column, name, checked in (
+            (columns.owner, "owned", live & ~rehomed),
+            (columns.writer, "written", live),
+        ):
+            for slot in np.flatnonzero(checked & ~np.isin(column, words)).tolist():
                 word = int(column[slot])
                 yield f"slot {slot} is {name} by process {word & 0xFFFF}, which has left"
         for index in self._processes.dead():

@@ -27,6 +27,7 @@ from .errors import (
     AlreadyRunningError,
     ClosedError,
     DescriptorError,
+    HostLostError,
     InTransitionError,
     PoisonedError,
     RuntimeNotFoundError,
@@ -35,7 +36,9 @@ from .errors import (
 from .groups import Groups
 from .layout import (
     FREE,
+    KIND_NAMES,
     LIVE,
+    ON_OWNER_DEATH,
     PEER_BYTES,
     ROLES,
     SLOT_BITS,
@@ -71,6 +74,7 @@ log = logging.getLogger("shmsock")
 
 DEFAULT_MAX_UNWRITTEN_BYTES = 64 << 20
 _TICK_S = 1.0
+_LISTENER = KIND_NAMES.index("listener")
 _FREE_FILES = 64  # what a process needs besides its sockets
 
 _runtimes: weakref.WeakSet[Runtime] = weakref.WeakSet()
@@ -155,6 +159,9 @@ class Runtime:
         self._engine.repair = self._repair_stripe
         self._descriptors.on_hang_up = self._hung_up
         self._descriptors.on_arrival = self._arrived
+        self._descriptors.on_lost = lambda sid: self._io.set_failed(
+            sid, errno.EBADF, "its descriptor was lost with the host"
+        )
         self._dispatcher: Dispatcher | None = None
         self._groups: Groups | None = None
         self._closed = False
@@ -263,6 +270,40 @@ class Runtime:
             time.sleep(0.02)
         raise failure
 
+    @classmethod
+    def take_over(cls, name: str, *, role: str = "supervisor") -> Runtime:
+        """Become the host of a live runtime whose host has died.
+
+        The others find the new control address within half a second, and give back the descriptors
+        they have: of every socket that some live process owns, and of the listeners.
+
+        Raises:
+            RuntimeNotFoundError: There is none.
+            AlreadyRunningError: It has a host.
+
+        If killed: the host byte is free again, and the next one takes over.
+        """
+        check_name(name)
+        lock_file = LockFile.open(name, create=False)
+        with lock_file.exclusive(REGISTRATION, timeout_s=5.0) as registering:
+            if not registering or not lock_file.try_hold(HOST):
+                pid = lock_file.holder(HOST)
+                raise AlreadyRunningError(f"runtime {name!r} is served by process {pid}")
+        try:
+            runtime = cls(name, Segment.attach(name), lock_file, role)
+        except BaseException:
+            lock_file.drop(HOST)
+            raise
+        runtime._serve()
+        directory = runtime.run_directory
+        for entry in os.listdir(directory):  # what earlier hosts listened at
+            path = f"{directory}/{entry}"
+            if entry.startswith("control-") and path != runtime._segment.control_address():
+                os.unlink(path)
+        _adopt_current(runtime)
+        runtime._look()
+        return runtime
+
     @property
     def is_host(self) -> bool:
         """Whether this process serves the descriptor store."""
@@ -287,7 +328,12 @@ class Runtime:
     # -- sockets --------------------------------------------------------------------------------
 
     def create_socket(
-        self, sock: socket.socket, user_data: bytes = b"", *, owner: int | None = None
+        self,
+        sock: socket.socket,
+        user_data: bytes = b"",
+        *,
+        owner: int | None = None,
+        on_owner_death: str = "fail",
     ) -> int:
         """Make a connected, listening or datagram socket a Socket of the runtime.
 
@@ -297,6 +343,9 @@ class Runtime:
             owner: The index of the process that will read it; this process by default. In the
                 host, naming another process keeps the descriptor in the store alone: see
                 ``pass_to``.
+            on_owner_death: What becomes of it when its owner is killed: ``fail``, or ``rehome``:
+                if it was idle (not ``busy``, no message half written) it waits for the host to
+                give it a new owner, and its peer notices nothing.
 
         Returns:
             Its SocketId.
@@ -315,6 +364,7 @@ class Runtime:
             owner=word,
             inode=os.fstat(sock.fileno()).st_ino,
             kind=kind_of(sock),
+            on_owner_death=ON_OWNER_DEATH.index(on_owner_death),
             peer=peer_of(sock).encode("utf-8", "replace")[:PEER_BYTES],
             user_data=bytes(user_data),
         )
@@ -355,6 +405,59 @@ class Runtime:
         for sid in ids:
             self.set_failed(sid, errno.EHOSTDOWN, f"process {index} could not take it")
         return []
+
+    def orphans(self) -> list[int]:
+        """The live sockets whose owner has died and that wait for a new one, listeners included."""
+        self._check()
+        columns = self._segment.columns
+        versions = columns.versioned_ref >> np.uint64(SLOT_BITS)
+        even = (versions & np.uint64(1)) == 0
+        rehomed = (columns.state == LIVE) & even & (columns.on_owner_death != 0)
+        words = np.array(self._processes.live_words(), "u8")
+        rows = np.flatnonzero(rehomed & ~np.isin(columns.owner, words))
+        return [int(versions[row]) << SLOT_BITS | row for row in rows.tolist()]
+
+    def rehome(self, sid: int, index: int | None = None) -> bool:
+        """In the host: make a process the owner of an orphan, and pass it the descriptor.
+
+        Args:
+            sid: An orphan.
+            index: The new owner, connected to us; this process by default.
+
+        Returns:
+            False if it is no orphan (any more), was busy, or its descriptor is not here (yet).
+
+        If killed: the owner word is changed or not; a new owner that was not told asks for what it
+            owns by itself, once a second.
+        """
+        self._check()
+        store = self._store
+        if store is None or not store.has(sid) or not self._engine.is_live(sid):
+            return False
+        word = int(self._segment.cells.owner[sid & SLOT_MASK])
+        if word in self._processes.live_words():
+            return False
+        mine = index is None or index == self.index
+        if not mine and not store.is_connected(typing.cast(int, index)):
+            return False
+        owner = self._engine.word if mine else self._word_of(typing.cast(int, index))
+        if not self._engine.change_owner(sid, word, owner):
+            return False
+        return mine or store.pass_to(typing.cast(int, index), [sid])
+
+    def is_listener(self, sid: int) -> bool:
+        """Whether an id names a socket that listens."""
+        return bool(self._segment.cells.kind[_index(sid) & SLOT_MASK] == _LISTENER)
+
+    def has_descriptor(self, sid: int) -> bool:
+        """In the host: whether the store keeps a duplicate of this socket."""
+        return self._store is not None and self._store.has(sid)
+
+    def spread(self, sids: collections.abc.Iterable[int]) -> None:
+        """In the host: have every process with a channel hold a duplicate of these: listeners."""
+        self._check()
+        if self._store is not None:
+            self._store.spread(list(sids))
 
     def on_join(self, callback: collections.abc.Callable[[int], object]) -> None:
         """In the host: call ``callback(index)`` when a process is ready to be passed sockets."""
@@ -575,9 +678,14 @@ class Runtime:
             self._look_around,
             self._writers.tick,
             self._descriptors.tick,
+            self._claim_unknown,
             self._renew_semaphores,
         ):
             self._service.call_soon(step)
+
+    def _claim_unknown(self) -> None:
+        if self._dispatcher is not None and self._dispatcher._arrived is not None:
+            self._descriptors.claim_unknown()
 
     def _look_around(self) -> None:
         reaped = self._recovery.counters["reaped"]
@@ -759,9 +867,9 @@ def _own_name(name: str) -> LockFile:
                     "another --name"
                 )
             if (pid := lock_file.holder(ATTACHED)) != 0:
-                raise AlreadyRunningError(
+                raise HostLostError(
                     f"runtime {name!r} has lost its host but process {pid} still takes part: "
-                    f"stop it, or run `shmsock clean --name {name} --kill`"
+                    f"take it over, or run `shmsock clean --name {name} --kill`"
                 )
             if not lock_file.try_hold(HOST):
                 raise AlreadyRunningError(f"runtime {name!r} is just being created")

@@ -100,6 +100,7 @@ class Columns:
     retired: Array
     busy: Array
     kind: Array
+    on_owner_death: Array
     selector: Array
     error_code: Array
     inode: Array
@@ -139,6 +140,7 @@ class Cells:
     retired: Words
     busy: Words
     kind: Words
+    on_owner_death: Words
     selector: Words
     error_code: Words
     inode: Words

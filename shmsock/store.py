@@ -59,6 +59,7 @@ class Store:
         self._peers: set[channel.Link] = set()
         self._workers: dict[int, channel.Link] = {}
         self._parked: dict[int, list[channel.Link]] = {}
+        self._spread: list[int] = []
         self._told_full = False
         self._arrival = threading.Condition(threading.Lock())
         # Called with a process index when it can be passed sockets.
@@ -115,6 +116,23 @@ class Store:
         """Tell a worker that these sockets are its own to read; false if it cannot be told."""
         link = self._workers.get(index)
         return link is not None and link.tell(channel.PASS, sids)
+
+    def is_connected(self, index: int) -> bool:
+        """Whether a process has its channel open, so can be passed sockets."""
+        return index in self._workers
+
+    def has(self, sid: int) -> bool:
+        """Whether a descriptor is kept for an id."""
+        return sid in self._sockets
+
+    def spread(self, sids: list[int]) -> None:
+        """Have every process with a channel hold a duplicate, also those that join later.
+
+        Then not even a listener's backlog is lost with the host.
+        """
+        self._spread.extend(sids)
+        for link in self._workers.values():
+            link.tell(channel.KEEP, sids)
 
     def sweep(self) -> int:
         """Let go of what failed, was released and unheld, or moved on; returns how many.
@@ -253,6 +271,7 @@ class Store:
         link.index, link.epoch = index, epoch
         if message.code == 0:  # the process's one channel; others only fetch
             self._workers[index] = link
+            link.tell(channel.KEEP, self._spread)
             if self.on_join is not None:
                 self.on_join(index)
 

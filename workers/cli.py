@@ -138,6 +138,12 @@ def _serve_parser(commands: typing.Any) -> None:
     add("--password", help="what AUTH must give; better in the environment: SHMSOCK_PASSWORD")
     add("--pages-remote", action="store_true", help="serve the HTTP pages beyond loopback too")
     add(
+        "--on-owner-death",
+        choices=["rehome", "fail"],
+        default="rehome",
+        help="idle connections of a killed worker: move to another (default), or fail",
+    )
+    add(
         "--log-level",
         default="info",
         type=str.lower,
@@ -220,6 +226,7 @@ def _serve(options: argparse.Namespace) -> int:
             log_level=options.log_level.upper(),
             password=options.password or os.environ.get("SHMSOCK_PASSWORD") or None,
             pages_remote=options.pages_remote,
+            on_owner_death=options.on_owner_death,
         )
     )
     return supervisor.run(lambda: print(_banner(supervisor), flush=True))
@@ -228,10 +235,11 @@ def _serve(options: argparse.Namespace) -> int:
 def _banner(supervisor: typing.Any) -> str:
     """One screen: where it listens, the name, the workers, and what to try next."""
     config = supervisor.config
-    pids = [str(child.process.pid) for child in supervisor.children]
+    pids = [str(child.pid) for child in supervisor.children]
     addresses = [listener.address for listener in supervisor.listeners]
     lines = [
-        f"shmsock {shmsock.__version__}: runtime {config.name!r} is up",
+        f"shmsock {shmsock.__version__}: runtime {config.name!r} "
+        + ("was taken over" if supervisor.took_over else "is up"),
         f"  listens    {', '.join(addresses)}",
         f"  workers    {len(pids)} (pids {' '.join(pids)}), supervisor {os.getpid()}",
         f"  table      {supervisor.runtime.slots} slots, at most "

@@ -152,6 +152,10 @@ class HttpProtocol:
             return True
         return False if newline or len(window) == LINE_LIMIT_BYTES else None
 
+    def resumes(self, user_data: bytes) -> bool:
+        """Never: between two requests a connection has no state, and says again what it is."""
+        return False
+
     def open(self, ref: SocketRef) -> HttpSession:
         """Start parsing a connection."""
         return HttpSession(self)

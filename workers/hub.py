@@ -79,6 +79,10 @@ class Hub:
         """Everything: HTTP is asked before, and what is not RESP gets Redis's own errors."""
         return True if head else None
 
+    def resumes(self, user_data: bytes) -> bool:
+        """Whether another worker's hub has left this."""
+        return ClientInfo.unpack(user_data) is not None
+
     def open(self, ref: SocketRef) -> RespSession:
         """Start with a new client, or go on with one that another worker had."""
         session = RespSession(self, ref)

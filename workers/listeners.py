@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import stat
+import typing
 
 _MAX_PATH_BYTES = 107  # sockaddr_un, with a NUL at the end
 
@@ -61,9 +62,22 @@ class Listener:
         except OSError as error:
             sock.close()
             raise OSError(error.errno, f"cannot listen at {address}: {error.strerror}") from None
-        bound = sock.getsockname()
-        self.address = f"[{bound[0]}]:{bound[1]}" if ":" in bound[0] else f"{bound[0]}:{bound[1]}"
+        self.address = _text(sock.getsockname())
         return sock
+
+    @classmethod
+    def adopt(cls, sock: socket.socket) -> Listener:
+        """Go on with a socket that listens already: an earlier supervisor's."""
+        self = cls.__new__(cls)
+        self.sock, self.path = sock, None
+        bound = sock.getsockname()
+        if isinstance(bound, tuple):
+            self.address = _text(bound)
+        else:
+            self.address = f"unix:{bound}"
+            self.path = os.path.abspath(bound)
+        sock.setblocking(False)
+        return self
 
     def close(self) -> None:
         """Stop listening; a socket file is taken away."""
@@ -72,6 +86,11 @@ class Listener:
         if path is not None:
             with contextlib.suppress(OSError):
                 os.unlink(path)
+
+
+def _text(bound: tuple[typing.Any, ...]) -> str:
+    host, port = bound[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def check_path(path: str) -> None:

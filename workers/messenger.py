@@ -78,8 +78,10 @@ class Messenger:
         return len(self._connections)
 
     def take(self, sids: list[int]) -> None:
-        """Read these from here on: they are ours."""
+        """Read these from here on: they are ours, placed here or another worker's until now."""
         for sid in sids:
+            if sid in self._connections:
+                continue
             self._connections[sid] = Connection()
             watched = False
             try:
@@ -89,8 +91,22 @@ class Messenger:
                 self._runtime.set_failed(sid, errno.EIO, "its worker could not watch it")
             if not watched:
                 del self._connections[sid]
-            elif self._draining:
+                continue
+            self._resume(sid)
+            if self._draining:
                 self._finish(sid)
+
+    def _resume(self, sid: int) -> None:
+        """Go on with what an earlier owner left in the user data."""
+        ref = self._runtime.address(sid)
+        if ref is None:
+            return
+        with ref:
+            user_data = ref.user_data
+            for protocol in self._protocols if user_data else ():
+                if protocol.resumes(user_data):
+                    self._connections[sid].session = protocol.open(ref)
+                    return
 
     # -- reading --------------------------------------------------------------------------------
 

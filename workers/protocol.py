@@ -51,5 +51,8 @@ class Protocol(typing.Protocol):
     def match(self, head: bytes) -> bool | None:
         """Whether a connection that starts with ``head`` speaks this; None: more bytes needed."""
 
+    def resumes(self, user_data: bytes) -> bool:
+        """Whether a connection with this user data spoke this protocol with its last owner."""
+
     def open(self, ref: SocketRef) -> Session:
         """Start a session on a connection that matched; called once a connection."""

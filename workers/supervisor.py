@@ -25,7 +25,7 @@ import time
 
 import numpy as np
 
-from shmsock import Dispatcher, Runtime, ShmsockError, TableFullError
+from shmsock import Dispatcher, HostLostError, Runtime, ShmsockError, TableFullError
 
 from .listeners import Listener
 from .worker import Settings
@@ -40,6 +40,8 @@ REFUSED_AT_ONCE = 32  # how many of those are waited for
 COUNT_FOR_S = 0.01  # how long a count of owned sockets is good for
 BACK_OFF_S = (0.1, 5.0)
 HEALTHY_AFTER_S = 5.0  # a worker that lived this long starts its back-off anew
+COLLECT_FOR_S = 3.0  # how long a new supervisor waits for the workers to come back
+COLLECT_EVERY_S = 0.02
 GIVE_UP_AFTER = 5  # deaths in a row before anything was ready
 STOP_SIGNALS = signal.SIGTERM, signal.SIGINT
 
@@ -70,28 +72,50 @@ class Config:
     log_level: str
     password: str | None = None
     pages_remote: bool = False
+    on_owner_death: str = "rehome"
 
 
 @dataclasses.dataclass
 class Child:
-    """One worker process and its place in the count of workers."""
+    """One worker process and its place in the count of workers.
 
-    process: subprocess.Popen[bytes]
+    Attributes:
+        process: None for one that an earlier supervisor started: it is not our child, so the pidfd
+            tells of its death but nobody tells us its exit code.
+        index: Its process row, once it has joined.
+    """
+
+    pid: int
     pidfd: int
     started_s: float
-    index: int = -1  # its process row, once it has joined
+    process: subprocess.Popen[bytes] | None = None
+    index: int = -1
+
+    def send_signal(self, number: int) -> None:
+        """Signal it, and never a later process of its pid."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, number)
+
+    def reap(self) -> str:
+        """After its end: how it ended, for the log."""
+        os.close(self.pidfd)
+        if self.process is None:
+            return "ended"
+        code = self.process.wait()
+        return f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
 
 
 class Supervisor:
     """One running server."""
 
     def __init__(self, config: Config) -> None:
-        """Create the runtime and bind; nothing is accepted yet.
+        """Create the runtime and bind, or take over one whose supervisor has died.
 
-        From here on SIGTERM and SIGINT are ours: dying of one would leave names behind.
+        Nothing is accepted yet. From here on SIGTERM and SIGINT are ours: dying of one would leave
+        names behind.
 
         Raises:
-            AlreadyRunningError: The name is taken by a live runtime.
+            AlreadyRunningError: The name is taken by a live runtime that has its supervisor.
             OSError: An address cannot be bound, or /dev/shm is too small.
             ValueError: An address is none.
         """
@@ -101,12 +125,18 @@ class Supervisor:
         early: list[int] = []
         for number in STOP_SIGNALS:
             signal.signal(number, lambda number, _: early.append(number))
-        self.runtime = Runtime.create(
-            config.name, slots=config.slots, max_unwritten_bytes=config.max_unwritten_bytes
-        )
+        self.took_over = False
+        self._listening: list[int] = []  # the listeners' SocketIds
         try:
-            for address in config.bind:
-                self.listeners.append(Listener(address, config.backlog))
+            self.runtime = Runtime.create(
+                config.name, slots=config.slots, max_unwritten_bytes=config.max_unwritten_bytes
+            )
+        except HostLostError:
+            self.runtime = Runtime.take_over(config.name)
+            self.took_over = True
+        try:
+            if not self.took_over:
+                self._bind()
         except BaseException:
             self._tear_down()
             raise
@@ -142,17 +172,96 @@ class Supervisor:
         """
         self._on_ready = on_ready
         try:
-            for _ in range(self.config.workers):
-                self._spawn()
+            if self.took_over:
+                self._collect(time.monotonic() + COLLECT_FOR_S)
+            else:
+                self._fill_up()
+            self._rehome_again()
             self.dispatcher.run()
         finally:
             for child in self.children:
-                with contextlib.suppress(ProcessLookupError):
-                    child.process.kill()
-                child.process.wait()
-                os.close(child.pidfd)
+                child.send_signal(signal.SIGKILL)
+                child.reap()
             self._tear_down()
         return self.exit_code
+
+    def _bind(self) -> None:
+        """Listen; each listener is a Socket too, which outlives us in the workers' hands."""
+        for address in self.config.bind:
+            listener = Listener(address, self.config.backlog)
+            self.listeners.append(listener)
+            copy = listener.sock.dup()
+            try:
+                sid = self.runtime.create_socket(copy, on_owner_death="rehome")
+            except BaseException:
+                copy.close()
+                raise
+            self._listening.append(sid)
+        self.runtime.spread(self._listening)
+
+    def _collect(self, deadline: float) -> None:
+        """After taking over: workers join and give back what they have; then go on as before."""
+        waiting = False
+        for sid in self.runtime.orphans():
+            if self.runtime.is_listener(sid):
+                if self.runtime.rehome(sid):
+                    self._adopt_listener(sid)
+                else:
+                    waiting = True
+        expected = {row.pid for row in self.runtime.processes() if row.role == "worker"}
+        missing = expected - {child.pid for child in self.children if child.index >= 0}
+        if (waiting or missing) and time.monotonic() < deadline:
+            self.dispatcher.call_later(COLLECT_EVERY_S, functools.partial(self._collect, deadline))
+            return
+        try:
+            if not self.listeners:
+                self._bind()
+        except OSError as error:
+            log.critical("the listeners were lost with the supervisor, and %s", error.strerror)
+            self.exit_code = 1
+            self._stop_asked()
+            return
+        self.runtime.spread(self._listening)
+        for sid in self.runtime.orphans():
+            if not self.runtime.has_descriptor(sid):
+                self.runtime.set_failed(sid, errno.EOWNERDEAD, "its descriptor died with its owner")
+        connections = self.runtime.in_use() - len(self._listening)
+        log.info("took over %d workers and %d connections", len(self.children), connections)
+        self._fill_up()
+        self._rehome()
+        if self._ready():
+            self._start_accepting()
+            self._tell_ready()
+
+    def _adopt_listener(self, sid: int) -> None:
+        reference = self.runtime.address(sid)
+        if reference is not None:
+            with reference:
+                sock = socket.socket(fileno=os.dup(reference.fileno()))
+            self.listeners.append(Listener.adopt(sock))
+            self._listening.append(sid)
+
+    def _fill_up(self) -> None:
+        """Start as many workers as are missing."""
+        while len(self.children) < self.config.workers:
+            self._spawn()
+
+    def _rehome(self) -> None:
+        """Give idle sockets of dead owners to the least-loaded live workers."""
+        if self._draining or not self._ready():
+            return
+        self._counted_s = 0.0
+        for sid in self.runtime.orphans():
+            if self.runtime.is_listener(sid):
+                continue
+            index = self._least_loaded()
+            if self.runtime.rehome(sid, index):
+                self._loads[index] += 1
+
+    def _rehome_again(self) -> None:
+        """What could not be rehomed at once, once a second."""
+        self.dispatcher.call_later(1.0, self._rehome_again)
+        self._rehome()
 
     def _tear_down(self) -> None:
         for listener in self.listeners:
@@ -170,20 +279,20 @@ class Supervisor:
         self._draining = True
         log.info("draining; ask again to stop at once")
         self._stop_accepting()
+        for sid in self._listening:  # the workers hold duplicates
+            self.runtime.set_failed(sid, errno.ESHUTDOWN, "the server stops")
         for listener in self.listeners:
             listener.close()
         for child in self.children:
-            if child.index >= 0:
-                child.process.terminate()
-            else:  # has nothing yet, and no handler
-                child.process.kill()
+            # Who has not joined has nothing yet, and no handler.
+            child.send_signal(signal.SIGTERM if child.index >= 0 else signal.SIGKILL)
         self.dispatcher.call_later(self.config.graceful_timeout_s, self._kill)
         self._stop_if_alone()
 
     def _kill(self) -> None:
         for child in self.children:
-            log.warning("worker %d did not stop in time: killed", child.process.pid)
-            child.process.kill()
+            log.warning("worker %d did not stop in time: killed", child.pid)
+            child.send_signal(signal.SIGKILL)
 
     def _stop_if_alone(self) -> None:
         if self._draining and not self.children:
@@ -219,28 +328,46 @@ class Supervisor:
             raise
         with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
             pipe.write(json.dumps(settings).encode())
-        child = Child(process, pidfd, time.monotonic())
+        child = Child(process.pid, pidfd, time.monotonic(), process)
         self.children.append(child)
         self.dispatcher.add_reader(child.pidfd, lambda: self._died(child))
 
     def _joined(self, index: int) -> None:
-        pids = {row.index: row.pid for row in self.runtime.processes()}
-        for child in self.children:
-            if child.process.pid == pids.get(index):
-                child.index = index
-                self._failures = 0
-                log.info("worker %d is process %d", child.process.pid, index)
-        if not self._draining and self._ready():  # who joined may be no worker
+        row = {row.index: row for row in self.runtime.processes()}.get(index)
+        if row is None or row.role != "worker":
+            return
+        child = next((child for child in self.children if child.pid == row.pid), None)
+        if child is None:
+            child = self._adopt(row.pid)
+            if child is None:
+                return
+        child.index = index
+        self._failures = 0
+        log.info("worker %d is process %d", child.pid, index)
+        if not self._draining and self.listeners:
             self._start_accepting()
-            if self._on_ready is not None and all(c.index >= 0 for c in self.children):
-                on_ready, self._on_ready = self._on_ready, None
-                on_ready()
+            self._rehome()
+            self._tell_ready()
+
+    def _adopt(self, pid: int) -> Child | None:
+        """Take a worker of an earlier supervisor for ours."""
+        try:
+            child = Child(pid, os.pidfd_open(pid), time.monotonic())
+        except OSError:
+            return None
+        self.children.append(child)
+        self.dispatcher.add_reader(child.pidfd, functools.partial(self._died, child))
+        return child
+
+    def _tell_ready(self) -> None:
+        if self._on_ready is not None and all(child.index >= 0 for child in self.children):
+            on_ready, self._on_ready = self._on_ready, None
+            on_ready()
 
     def _died(self, child: Child) -> None:
         self.dispatcher.remove_reader(child.pidfd)
-        os.close(child.pidfd)
         self.children.remove(child)
-        code = child.process.wait()
+        why = child.reap()
         self._counted_s = 0.0
         try:
             self.runtime.repair()
@@ -249,9 +376,9 @@ class Supervisor:
         if self._draining:
             self._stop_if_alone()
             return
+        self._rehome()
         lived_s = time.monotonic() - child.started_s
-        why = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
-        log.error("worker %d %s after %.1f s", child.process.pid, why, lived_s)
+        log.error("worker %d %s after %.1f s", child.pid, why, lived_s)
         if child.index < 0:
             self._failures += 1
         if self._failures >= GIVE_UP_AFTER and not any(c.index >= 0 for c in self.children):
@@ -317,7 +444,7 @@ class Supervisor:
     def _accept(self, listener: socket.socket) -> None:
         """Accept a batch, place each connection, pass them on together."""
         placed: dict[int, list[int]] = {}
-        in_use = self.runtime.in_use()
+        in_use = self.runtime.in_use() - len(self._listening)
         room = self.config.max_connections - in_use
         if room > 0 and in_use >= self._keeps:
             # Before the kernel says so: the workers' channels need some as well.
@@ -338,7 +465,9 @@ class Supervisor:
                 continue
             index = self._least_loaded()
             try:
-                sid = self.runtime.create_socket(sock, owner=index)
+                sid = self.runtime.create_socket(
+                    sock, owner=index, on_owner_death=self.config.on_owner_death
+                )
             except TableFullError:
                 self._turn_away(sock, f"--slots {self.runtime.slots}")
                 continue

@@ -94,6 +94,7 @@ class Worker:
 def main() -> int:
     """Run one worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that closes is no reason to end
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # blocked by who started us
     name = sys.argv[1]
     settings: Settings = json.load(sys.stdin)
