@@ -803,4 +803,3 @@ class Engine:
     def held_slots(self) -> list[int]:
         """The slots this process is attached to."""
         return [slot for slot, serials in list(self._holds.items()) if serials]
-

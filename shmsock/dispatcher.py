@@ -89,9 +89,7 @@ class Dispatcher:
 
     # -- consumers ------------------------------------------------------------------------------
 
-    def add_consumer(
-        self, sid: int, callback: Callback, on_failed: OnFailed | None = None
-    ) -> bool:
+    def add_consumer(self, sid: int, callback: Callback, on_failed: OnFailed | None = None) -> bool:
         """Watch a socket that this process owns.
 
         Args:

@@ -82,9 +82,7 @@ class LockFile:
         self._held: set[int] = set()
         self._sharers = 0
         self._mutex = threading.Lock()
-        self._exclusive = {
-            byte: threading.Lock() for byte in (ARBITER, REGISTRATION)
-        }
+        self._exclusive = {byte: threading.Lock() for byte in (ARBITER, REGISTRATION)}
 
     @classmethod
     def open(cls, name: str, *, create: bool) -> LockFile:
@@ -182,9 +180,7 @@ class LockFile:
         """
         if byte in self._held or (byte == ATTACHED and self._sharers):
             return os.getpid()
-        answer = fcntl.fcntl(
-            self._fd, fcntl.F_GETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0)
-        )
+        answer = fcntl.fcntl(self._fd, fcntl.F_GETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
         found, _, _, _, pid = _FLOCK.unpack(answer)
         return 0 if found == fcntl.F_UNLCK else pid if pid > 0 else -1
 

@@ -378,5 +378,3 @@ class Recovery:
             owner = columns.row_state[index] & 0xFF
             if owner == LIVE and not self._processes.is_alive(index):
                 yield f"stripe {stripe} is claimed by process {index}, which died"
-
-

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import errno
 import logging
+import operator
 import os
 import resource
 import shutil
@@ -32,6 +33,7 @@ from .errors import (
     PoisonedError,
     RuntimeNotFoundError,
     StripeTimeoutError,
+    TableFullError,
 )
 from .groups import Groups
 from .layout import (
@@ -234,8 +236,10 @@ class Runtime:
         self._store = Store(
             self._segment,
             self._service,
-            lambda index, epoch: index < self._segment.layout.processes
-            and self._segment.cells.row_state[index] == epoch << 8 | LIVE,
+            lambda index, epoch: (
+                index < self._segment.layout.processes
+                and self._segment.cells.row_state[index] == epoch << 8 | LIVE
+            ),
             self._look,
         )
         self._store.on_refused = self._refused
@@ -260,7 +264,12 @@ class Runtime:
         for _ in range(50):
             try:
                 segment = Segment.attach(name)
-                runtime = cls(name, segment, LockFile.open(name, create=False), role)
+                try:
+                    runtime = cls(name, segment, LockFile.open(name, create=False), role)
+                except TableFullError:
+                    # Perhaps of the dead, and nobody is left to reap them.
+                    _reap_from_outside(segment)
+                    runtime = cls(name, segment, LockFile.open(name, create=False), role)
             except InTransitionError as error:
                 failure = error
             else:
@@ -603,6 +612,11 @@ class Runtime:
         self._check()
         return int(np.count_nonzero(self._segment.columns.state != FREE))
 
+    def connections(self) -> int:
+        """How many slots hold something else than a listener."""
+        columns = self._segment.columns
+        return int(np.count_nonzero((columns.state != FREE) & (columns.kind != _LISTENER)))
+
     @property
     def groups(self) -> Groups:
         """Named sets of sockets, shared by all processes; needs the ``server`` extra (LMDB)."""
@@ -669,7 +683,7 @@ class Runtime:
         """Once a second, in the service loop."""
         self._service.call_later(_TICK_S, self._tick)
         self._segment.cells.row_heartbeat_ns[self.index] = time.monotonic_ns()
-        if not self._lock_file.reassert():
+        if not self._engine.closed and not self._lock_file.reassert():
             log.error("runtime %r: this process was taken for dead; attach again", self.name)
             self._engine.closed = True
         # Each on its own: what fails is logged, and does not keep the others from being done.
@@ -845,7 +859,20 @@ def _adopt_current(runtime: Runtime) -> None:
 
 
 def _index(sid: int) -> int:
-    return sid if sid.__class__ is int else int(sid)
+    return sid if sid.__class__ is int else operator.index(sid)
+
+
+def _reap_from_outside(segment: Segment) -> None:
+    """Repair without being a participant; every stripe is retired instead of taken."""
+    lock_file = LockFile.open(segment.name, create=False)
+    if lock_file.share():
+        semaphores = Semaphores(segment.name, segment.layout.stripes)
+        try:
+            if lock_file.is_current():
+                Recovery(segment, Processes(segment, lock_file), semaphores).look()
+        finally:
+            semaphores.close()
+            lock_file.unshare()
 
 
 def _own_name(name: str) -> LockFile:

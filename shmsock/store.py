@@ -222,9 +222,7 @@ class Store:
         log.error("the control channel cannot accept: %s", error)
         fd = self._listener.fileno()
         self._service.unwatch(fd)
-        self._service.call_later(
-            0.1, lambda: self._service.watch(fd, select.EPOLLIN, self._accept)
-        )
+        self._service.call_later(0.1, lambda: self._service.watch(fd, select.EPOLLIN, self._accept))
 
     def _fd_of(self, sid: int) -> int:
         sock = self._sockets.get(sid)

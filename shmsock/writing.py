@@ -479,5 +479,3 @@ def _join(buffers: tuple[Buffer, ...]) -> memoryview:
     if len(buffers) == 1 and isinstance(buffers[0], bytes):
         return memoryview(buffers[0])
     return memoryview(b"".join(buffers))
-
-

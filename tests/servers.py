@@ -222,12 +222,12 @@ class Server:
     def in_use(self) -> int:
         """Slots that are taken."""
         with self.attach() as runtime:
-            return runtime.in_use()
+            return runtime.connections()
 
     def settle(self) -> None:
         """Wait until every connection has gone and its slot came back."""
         with self.attach() as runtime:
-            wait_until(lambda: runtime.in_use() == 0, "every slot comes back")
+            wait_until(lambda: runtime.connections() == 0, "every slot comes back")
 
     # -- ending it ------------------------------------------------------------------------------
 

@@ -309,7 +309,7 @@ def test_ten_thousand_connect_and_close(server: Server, witnesses: list[Client])
     for thread in threads:
         thread.join()
     with server.attach() as runtime:
-        wait_until(lambda: runtime.in_use() == len(witnesses), "every slot comes back")
+        wait_until(lambda: runtime.connections() == len(witnesses), "every slot comes back")
         wait_until(lambda: runtime.audit() == [], "the table is in order")
     # Each worker may have kept a connection of its own to the host.
     wait_until(
@@ -429,12 +429,17 @@ def test_a_worker_out_of_descriptors_refuses_what_it_cannot_take() -> None:
         assert server.run("doctor").returncode == 0
 
 
-@pytest.mark.parametrize("flags", [("--slots", "64"), ("--max-connections", "64")])
-def test_when_it_is_full_clients_are_told_and_room_is_used_again(flags: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("flags", "room"), [(("--slots", "64"), 63), (("--max-connections", "64"), 64)]
+)
+def test_when_it_is_full_clients_are_told_and_room_is_used_again(
+    flags: tuple[str, ...], room: int
+) -> None:
+    """A listener takes a slot of the table, but is no connection."""
     with Server(*flags, workers=1) as server:
         for _ in range(2):
             with contextlib.ExitStack() as stack:
-                clients = [stack.enter_context(server.client()) for _ in range(64)]
+                clients = [stack.enter_context(server.client()) for _ in range(room)]
                 for client in clients:
                     assert client.call("PING") == "PONG"
                 for _ in range(3):
@@ -453,10 +458,10 @@ def test_when_it_is_full_clients_are_told_and_room_is_used_again(flags: tuple[st
                     assert client.ended() == f"{FULL}\r\n".encode()
                 for client in clients:
                     assert client.call("PING") == "PONG"
-                assert server.in_use() == 64
+                assert server.in_use() == room
                 clients[0].close()
                 with server.attach() as runtime:
-                    wait_until(lambda: runtime.in_use() == 63, "there is room again")
+                    wait_until(lambda: runtime.connections() == room - 1, "there is room again")
                 with server.client() as lucky:
                     assert lucky.call("PING") == "PONG"
             server.settle()

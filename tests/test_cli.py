@@ -36,7 +36,7 @@ def clients(server: Server) -> collections.abc.Iterator[list[Client]]:
     server.settle()
     made = list(server.on_each_worker(server.client).values())
     with server.attach() as runtime:
-        wait_until(lambda: runtime.in_use() == len(made), "the extra ones have gone")
+        wait_until(lambda: runtime.connections() == len(made), "the extra ones have gone")
     yield made
     for client in made:
         client.close()
@@ -73,7 +73,7 @@ def test_conns_as_json_is_one_object_a_connection(server: Server, clients: list[
         assert (row["state"], row["nref"]) == ("failed", 1)
         assert (row["error_code"], row["error_text"]) == (errno.EIO, "broken\x1b[31m")
     with server.attach() as runtime:
-        wait_until(lambda: runtime.in_use() == 1, "nobody holds it")
+        wait_until(lambda: runtime.connections() == 1, "nobody holds it")
     promised = "id text state owner pid peer kind nref attached age_s idle_s bytes_in bytes_out"
     (row,) = server.json("conns")
     assert set(promised.split()) <= set(row)

@@ -439,4 +439,5 @@ def test_a_peer_with_a_name_that_is_not_text_can_be_created(
 
 
 def test_the_messages_of_the_channel_name_the_types_that_carry_descriptors() -> None:
-    assert {channel.PUT, channel.GOT, channel.PASS} == channel.WITH_DESCRIPTORS
+    kept = {channel.PUT, channel.GOT, channel.PASS, channel.KEEP}
+    assert kept == channel.WITH_DESCRIPTORS

@@ -25,6 +25,7 @@ PUBLIC = [
     "DescriptorError",
     "Dispatcher",
     "FormatError",
+    "HostLostError",
     "OverCrowdedError",
     "PoisonedError",
     "ProcessInfo",

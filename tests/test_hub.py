@@ -42,7 +42,7 @@ def pair(server: Server) -> collections.abc.Iterator[tuple[Client, Client]]:
     server.settle()
     clients = server.on_each_worker(server.client)
     with server.attach() as runtime:
-        wait_until(lambda: runtime.in_use() == len(clients), "the extra ones have gone")
+        wait_until(lambda: runtime.connections() == len(clients), "the extra ones have gone")
     first, second = clients.values()
     yield first, second
     for client in clients.values():
@@ -342,7 +342,7 @@ def test_quit_answers_and_then_ends(server: Server, pair: tuple[Client, Client])
     assert client.read() == "OK"
     assert client.ended() == b""
     with server.attach() as runtime:
-        wait_until(lambda: runtime.in_use() == 1, "its slot comes back")
+        wait_until(lambda: runtime.connections() == 1, "its slot comes back")
     assert other.call("PING") == "PONG"
 
 

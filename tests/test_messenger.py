@@ -29,6 +29,9 @@ class Lines:
         self.sessions: list[LineSession] = []
         self.asked: list[bytes] = []
 
+    def resumes(self, user_data: bytes) -> bool:
+        return False
+
     def match(self, head: bytes) -> bool | None:
         self.asked.append(head)
         if len(head) < len(self.head):

@@ -570,9 +570,7 @@ def test_crash_while_opening_is_retired_again(table: Member) -> None:
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_token_of_a_retired_semaphore_is_worthless(
-    when: str, table: Member, other: Member
-) -> None:
+def test_token_of_a_retired_semaphore_is_worthless(when: str, table: Member, other: Member) -> None:
     """Two could be inside: whoever has a token looks again whether it still is the stripe's."""
     old: typing.Any = other.semaphores.get(0, 1)
     claims = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections.abc
 import contextlib
 import errno
+import functools
 import os
 import socket
 
@@ -265,9 +266,7 @@ def test_a_listener_and_its_backlog_outlive_the_host(hosted: Peer, name: str) ->
 
 def test_hosts_killed_in_turn_lose_nothing(name: str) -> None:
     with Peer() as first:
-        first.run(
-            f"import shmsock; rt = shmsock.Runtime.create({name!r}, slots=64, processes=16)"
-        )
+        first.run(f"import shmsock; rt = shmsock.Runtime.create({name!r}, slots=64, processes=16)")
         with Peer(name, role="worker") as owner:
             owner.run("import socket; ours, theirs = socket.socketpair(); theirs.settimeout(60)")
             sid = owner.ask("rt.create_socket(ours)")
@@ -276,7 +275,7 @@ def test_hosts_killed_in_turn_lose_nothing(name: str) -> None:
                 host.kill()
                 host = Peer()
                 host.run(f"import shmsock; rt = shmsock.Runtime.take_over({name!r})")
-                wait_until(lambda host=host: host.ask(f"rt.has_descriptor({sid})"), "it is put")
+                wait_until(functools.partial(host.ask, f"rt.has_descriptor({sid})"), "it is put")
                 host.run(f"ref = rt.address({sid}); ref.write(b'again'); ref.close()")
                 assert owner.ask("theirs.recv(100).decode()") == "again"
             assert host.ask("rt.audit()") == []

@@ -588,3 +588,17 @@ def test_sockets_of_every_kind_of_object_are_refused_or_taken_whole(
         reference.recv(1)
     with out_of_descriptors():
         assert runtime.address(sid) is not None, "addressing needs no descriptor"
+
+
+def test_who_attaches_reaps_the_dead_that_hold_every_row(name: str) -> None:
+    with Peer() as host:
+        host.run(f"import shmsock; rt = shmsock.Runtime.create({name!r}, slots=64, processes=2)")
+        with Peer(name) as guest:
+            with pytest.raises(shmsock.TableFullError):
+                shmsock.Runtime.attach(name)
+            guest.kill()
+        host.kill()
+    with shmsock.Runtime.attach(name) as runtime:
+        assert [row.pid for row in runtime.processes()] == [os.getpid()]
+        assert runtime.audit() == []
+        runtime.unlink()

@@ -89,7 +89,7 @@ def test_a_worker_that_has_more_gets_no_new_ones(server: Server) -> None:
                 client.close()
         left = [sid for sid, owner in owners.items() if owner != one]
         with server.attach() as runtime:
-            wait_until(lambda: runtime.in_use() == len(left), "the others are gone")
+            wait_until(lambda: runtime.connections() == len(left), "the others are gone")
         # The count is a hundredth of a second old at most; these come one by one.
         fresh = []
         for _ in left:
@@ -164,13 +164,14 @@ def test_the_pages_are_the_same_whichever_worker_answers(server: Server) -> None
         with pages_of_each_worker(server) as pages:
             stack.callback(lambda: None)
             with server.attach() as runtime:
-                wait_until(lambda: runtime.in_use() == len(ids) + len(pages), "extra ones end")
+                wait_until(lambda: runtime.connections() == len(ids) + len(pages), "extra ones end")
             for http in pages.values():
                 keys = ("id", "text", "state", "owner", "pid", "peer", "kind", "name")
                 rows = http.json("/connections")
                 seen.append([tuple(row[key] for key in keys) for row in rows])
                 sockets = http.json("/sockets")["sockets"]
-                assert [row["id"] for row in sockets] == [row["id"] for row in rows]
+                connected = [row["id"] for row in sockets if row["kind"] != "listener"]
+                assert connected == [row["id"] for row in rows]
                 one = http.json(f"/sockets/{clients[0].id()}")
                 assert one["name"] == "c0"
                 assert http.ask("GET", "/health") == (200, b"ok\n")
@@ -239,7 +240,8 @@ def test_pages_are_for_loopback_alone_unless_told_otherwise(
 
 
 def test_a_killed_worker_takes_only_its_own_connections_with_it() -> None:
-    with Server(workers=3) as server, contextlib.ExitStack() as stack:
+    flags = ("--on-owner-death", "fail")
+    with Server(*flags, workers=3) as server, contextlib.ExitStack() as stack:
         clients = [stack.enter_context(server.client()) for _ in range(45)]
         owner = {row["id"]: row["owner"] for row in server.json("conns")}
         ids = [client.id() for client in clients]
@@ -282,7 +284,7 @@ def test_a_killed_worker_takes_only_its_own_connections_with_it() -> None:
 
         holder.run("[ref.close() for ref in refs]; refs.clear()")
         with server.attach() as runtime:
-            wait_until(lambda: runtime.in_use() == len(living), "every reference comes back")
+            wait_until(lambda: runtime.connections() == len(living), "every reference comes back")
             assert runtime.audit() == []
         done = server.run("doctor")
         assert done.returncode == 0, done.stdout
@@ -294,7 +296,7 @@ def test_a_killed_worker_takes_only_its_own_connections_with_it() -> None:
 
 def test_half_a_message_of_a_killed_worker_ends_that_connection_alone() -> None:
     """The writer dies in mid-message: the peer cannot be told where the next one begins."""
-    with Server() as server, contextlib.ExitStack() as stack:
+    with Server("--on-owner-death", "fail") as server, contextlib.ExitStack() as stack:
         workers = server.on_each_worker(server.client)
         for client in workers.values():
             stack.enter_context(client)

@@ -225,7 +225,7 @@ class Supervisor:
         for sid in self.runtime.orphans():
             if not self.runtime.has_descriptor(sid):
                 self.runtime.set_failed(sid, errno.EOWNERDEAD, "its descriptor died with its owner")
-        connections = self.runtime.in_use() - len(self._listening)
+        connections = self.runtime.connections()
         log.info("took over %d workers and %d connections", len(self.children), connections)
         self._fill_up()
         self._rehome()
@@ -444,7 +444,7 @@ class Supervisor:
     def _accept(self, listener: socket.socket) -> None:
         """Accept a batch, place each connection, pass them on together."""
         placed: dict[int, list[int]] = {}
-        in_use = self.runtime.in_use() - len(self._listening)
+        in_use = self.runtime.connections()
         room = self.config.max_connections - in_use
         if room > 0 and in_use >= self._keeps:
             # Before the kernel says so: the workers' channels need some as well.
