@@ -288,7 +288,7 @@ def _all_of(file: typing.IO[str]) -> str:
 def _has_ended(pid: int) -> bool:
     """Whether every thread has: until then its locks and descriptors are held."""
     for task in os.listdir(f"/proc/{pid}/task"):
-        with open(f"/proc/{pid}/task/{task}/stat") as file:
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{task}/stat") as file:
             if file.read().rpartition(")")[2].split()[0] not in "ZX":
                 return False
     return True
