@@ -27,9 +27,11 @@ from .layout import (
     format_socket_id,
     parse_socket_id,
 )
-from .runtime import ProcessInfo, Runtime, clean, current
+from .names import clean
+from .runtime import Runtime, current
 from .segment import check_name, names_on_machine
 from .socket import SocketRef
+from .view import ProcessInfo
 
 __version__ = VERSION
 

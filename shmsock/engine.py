@@ -20,18 +20,8 @@ if os.uname().machine != "x86_64":
         f"{os.uname().machine}, which needs the C engine"
     )
 
-from ._engine_py import (  # noqa: E402
-    DONE,
-    NAME,
-    NOTHING,
-    RECYCLED,
-    STRIPE_TIMEOUT_S,
-    Engine,
-    NewSocket,
-    Reference,
-    recycle,
-    settle,
-)
+from ._engine_py import NAME, Engine, NewSocket, Reference, recycle, settle  # noqa: E402
+from ._stripes_py import DONE, NOTHING, RECYCLED, STRIPE_TIMEOUT_S  # noqa: E402
 
 __all__ = [
     "DONE",

@@ -5,13 +5,10 @@ from __future__ import annotations
 import atexit
 import collections.abc
 import contextlib
-import dataclasses
 import errno
 import logging
-import operator
 import os
 import resource
-import shutil
 import socket
 import threading
 import time
@@ -28,7 +25,6 @@ from .errors import (
     AlreadyRunningError,
     ClosedError,
     DescriptorError,
-    HostLostError,
     InTransitionError,
     PoisonedError,
     RuntimeNotFoundError,
@@ -37,7 +33,6 @@ from .errors import (
 )
 from .groups import Groups
 from .layout import (
-    FREE,
     KIND_NAMES,
     LIVE,
     ON_OWNER_DEATH,
@@ -45,12 +40,12 @@ from .layout import (
     ROLES,
     SLOT_BITS,
     SLOT_MASK,
-    SOCKET_DTYPE,
     USER_DATA_BYTES,
     Layout,
     Status,
 )
-from .processes import ATTACHED, FIRST_ROW, HOST, REGISTRATION, LockFile, Processes
+from .names import own_name, remove
+from .processes import FIRST_ROW, HOST, REGISTRATION, LockFile, Processes
 from .recovery import Recovery
 from .segment import (
     FIRST_GENERATION,
@@ -59,14 +54,12 @@ from .segment import (
     Segment,
     Semaphores,
     check_name,
-    make_run_directory,
-    names_on_machine,
     run_directory,
-    unlink_names,
 )
 from .service import Service
 from .socket import SocketIO, SocketRef
 from .store import Store
+from .view import View, index_of
 from .writing import Writers
 
 if typing.TYPE_CHECKING:
@@ -83,27 +76,7 @@ _runtimes: weakref.WeakSet[Runtime] = weakref.WeakSet()
 _current: Runtime | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class ProcessInfo:
-    """A participant, as ``Runtime.processes`` tells.
-
-    Attributes:
-        alive: Whether the kernel says so; a dead one that is listed waits to be reaped.
-        sockets: How many it owns.
-        attached: How many slots it holds references on.
-    """
-
-    index: int
-    epoch: int
-    pid: int
-    role: str
-    alive: bool
-    age_s: float
-    sockets: int
-    attached: int
-
-
-class Runtime:
+class Runtime(View):
     """A participant: made by ``create`` (the host) or ``attach``; closes with ``with``.
 
     Concurrency: every method may be called from any thread. A forked child that uses its parent's
@@ -206,7 +179,7 @@ class Runtime:
         layout = Layout.fit(slots, processes, stripes)
         if max_unwritten_bytes < 1:
             raise ValueError("max_unwritten_bytes must be at least 1")
-        lock_file = _own_name(name)
+        lock_file = own_name(name)
         try:
             segment = Segment.create(name, layout, max_unwritten_bytes)
             semaphores = Semaphores(name, layout.stripes)
@@ -217,7 +190,7 @@ class Runtime:
             semaphores.close()
             runtime = cls(name, segment, lock_file, role)
         except BaseException:
-            _remove(name)
+            remove(name)
             lock_file.drop(HOST)
             raise
         try:
@@ -225,7 +198,7 @@ class Runtime:
             segment.set("init_done", 1)
         except BaseException:
             runtime.close()
-            _remove(name)
+            remove(name)
             raise
         _adopt_current(runtime)
         return runtime
@@ -415,17 +388,6 @@ class Runtime:
             self.set_failed(sid, errno.EHOSTDOWN, f"process {index} could not take it")
         return []
 
-    def orphans(self) -> list[int]:
-        """The live sockets whose owner has died and that wait for a new one, listeners included."""
-        self._check()
-        columns = self._segment.columns
-        versions = columns.versioned_ref >> np.uint64(SLOT_BITS)
-        even = (versions & np.uint64(1)) == 0
-        rehomed = (columns.state == LIVE) & even & (columns.on_owner_death != 0)
-        words = np.array(self._processes.live_words(), "u8")
-        rows = np.flatnonzero(rehomed & ~np.isin(columns.owner, words))
-        return [int(versions[row]) << SLOT_BITS | row for row in rows.tolist()]
-
     def rehome(self, sid: int, index: int | None = None) -> bool:
         """In the host: make a process the owner of an orphan, and pass it the descriptor.
 
@@ -453,10 +415,6 @@ class Runtime:
         if not self._engine.change_owner(sid, word, owner):
             return False
         return mine or store.pass_to(typing.cast(int, index), [sid])
-
-    def is_listener(self, sid: int) -> bool:
-        """Whether an id names a socket that listens."""
-        return bool(self._segment.cells.kind[_index(sid) & SLOT_MASK] == _LISTENER)
 
     def has_descriptor(self, sid: int) -> bool:
         """In the host: whether the store keeps a duplicate of this socket."""
@@ -510,112 +468,21 @@ class Runtime:
         If killed: the failure has happened or has not; the host's sweep ends the connection.
         """
         self._check()
-        return self._io.set_failed(_index(sid), code, text)
+        return self._io.set_failed(index_of(sid), code, text)
 
     def status(self, sid: int) -> Status:
         """What an id names now, without a reference."""
         self._check()
         return self._engine.status(sid)
 
-    # -- looking --------------------------------------------------------------------------------
-
-    def sockets(self) -> np.ndarray[typing.Any, np.dtype[np.void]]:
-        """A numpy structured array (layout.SOCKET_DTYPE), one row per live or failed socket.
-
-        Concurrency: takes no lock. Each row is copied with its version looked at before and after;
-            a slot that changed hands meanwhile is left out.
-        """
-        self._check()
-        columns = self._segment.columns
-        before = columns.versioned_ref.copy()
-        rows = np.flatnonzero(columns.state == LIVE)
-        table = np.zeros(len(rows), SOCKET_DTYPE)
-        shift, mask = np.uint64(SLOT_BITS), np.uint64(SLOT_MASK)
-        versions = before[rows] >> shift
-        table["id"] = (versions & ~np.uint64(1)) << shift | rows.astype("u8")
-        table["state"] = 1 + (versions & np.uint64(1))
-        table["nref"] = before[rows] & mask
-        table["attached"] = np.count_nonzero(columns.held[rows], axis=1)
-        for name in ("owner", "writer"):
-            word = getattr(columns, name)[rows]
-            table[name] = np.where(word == 0, -1, (word & np.uint64(0xFFFF)).astype("i4"))
-        for name in SOCKET_DTYPE.names or ():
-            if name not in ("id", "state", "nref", "attached", "owner", "writer", "user_data"):
-                table[name] = getattr(columns, name)[rows]
-        table["user_data"] = columns.user_data[rows, columns.selector[rows] & 1]
-        after = columns.versioned_ref[rows] >> shift
-        same = ((after & ~np.uint64(1)) == (versions & ~np.uint64(1))) & (
-            columns.state[rows] == LIVE
-        )
-        return typing.cast("np.ndarray[typing.Any, np.dtype[np.void]]", table[same])
-
     def attached(self, sid: int) -> list[int]:
         """The indexes of the processes attached to a socket."""
         self._check()
-        if self._engine.status(_index(sid)) is Status.GONE:
+        if self._engine.status(index_of(sid)) is Status.GONE:
             return []
-        return self.attached_many(np.array([_index(sid)], "u8"))[0]
+        return self.attached_many(np.array([index_of(sid)], "u8"))[0]
 
-    def attached_many(self, ids: np.ndarray[typing.Any, typing.Any]) -> list[list[int]]:
-        """``attached`` of many ids at once."""
-        slots = np.asarray(ids, "u8") & np.uint64(SLOT_MASK)
-        inside = slots < self._segment.layout.slots
-        held = self._segment.columns.held[np.where(inside, slots, 0)]
-        return [
-            np.flatnonzero(row).tolist() if known else []
-            for row, known in zip(held, inside, strict=True)
-        ]
-
-    def processes(self) -> list[ProcessInfo]:
-        """Every participant."""
-        self._check()
-        columns = self._segment.columns
-        live = columns.state == LIVE
-        owners = columns.owner[live]
-        now_ns = time.monotonic_ns()
-        found = []
-        for index in self._processes.taken():
-            epoch = int(columns.row_state[index]) >> 8
-            found.append(
-                ProcessInfo(
-                    index=index,
-                    epoch=epoch,
-                    pid=int(columns.row_pid[index]),
-                    role=ROLES[int(columns.row_role[index]) % len(ROLES)],
-                    alive=self._processes.is_alive(index),
-                    age_s=(now_ns - int(columns.row_started_ns[index])) / 1e9,
-                    sockets=int(np.count_nonzero(owners == (epoch << 16 | index))),
-                    attached=int(np.count_nonzero(columns.held[live, index])),
-                )
-            )
-        return found
-
-    def owned_counts(self) -> np.ndarray[typing.Any, typing.Any]:
-        """How many sockets each process index owns: one pass of numpy over the table."""
-        self._check()
-        columns = self._segment.columns
-        owners = (columns.owner[columns.state == LIVE] & np.uint64(0xFFFF)).astype("i8")
-        return np.bincount(owners, minlength=self._segment.layout.processes)
-
-    @property
-    def slots(self) -> int:
-        """How many sockets the table holds."""
-        return self._segment.layout.slots
-
-    def host_alive(self) -> bool:
-        """Whether some process serves the descriptor store."""
-        self._check()
-        return self._lock_file.holder(HOST) != 0
-
-    def in_use(self) -> int:
-        """How many slots are taken."""
-        self._check()
-        return int(np.count_nonzero(self._segment.columns.state != FREE))
-
-    def connections(self) -> int:
-        """How many slots hold something else than a listener."""
-        columns = self._segment.columns
-        return int(np.count_nonzero((columns.state != FREE) & (columns.kind != _LISTENER)))
+    # -- groups ----------------------------------------------------------------------------------
 
     @property
     def groups(self) -> Groups:
@@ -774,7 +641,7 @@ class Runtime:
 
     def unlink(self) -> None:
         """Take every name of the runtime away; processes that are attached keep what they have."""
-        _remove(self.name)
+        remove(self.name)
 
     def __enter__(self) -> Runtime:
         """The runtime itself."""
@@ -858,10 +725,6 @@ def _adopt_current(runtime: Runtime) -> None:
     _current = runtime
 
 
-def _index(sid: int) -> int:
-    return sid if sid.__class__ is int else operator.index(sid)
-
-
 def _reap_from_outside(segment: Segment) -> None:
     """Repair without being a participant; every stripe is retired instead of taken."""
     lock_file = LockFile.open(segment.name, create=False)
@@ -873,93 +736,6 @@ def _reap_from_outside(segment: Segment) -> None:
         finally:
             semaphores.close()
             lock_file.unshare()
-
-
-def _own_name(name: str) -> LockFile:
-    """Be the only one who may make a runtime of this name; remove what an earlier one left."""
-    while True:
-        make_run_directory(name)
-        try:
-            lock_file = LockFile.open(name, create=True)
-        except FileNotFoundError:
-            continue  # a janitor took the directory away between the two lines
-        with lock_file.exclusive(REGISTRATION, timeout_s=5.0) as registering:
-            if not registering:
-                raise AlreadyRunningError(f"somebody else has been creating {name!r} for 5 s")
-            if not lock_file.is_current():
-                continue
-            if (pid := lock_file.holder(HOST)) != 0:
-                raise AlreadyRunningError(
-                    f"runtime {name!r} is served by process {pid}: attach to it, stop it, or take "
-                    "another --name"
-                )
-            if (pid := lock_file.holder(ATTACHED)) != 0:
-                raise HostLostError(
-                    f"runtime {name!r} has lost its host but process {pid} still takes part: "
-                    f"take it over, or run `shmsock clean --name {name} --kill`"
-                )
-            if not lock_file.try_hold(HOST):
-                raise AlreadyRunningError(f"runtime {name!r} is just being created")
-            _remove_contents(name)
-            return lock_file
-
-
-def _remove_contents(name: str) -> None:
-    """Everything but the lock file and its directory."""
-    unlink_names(name)
-    directory = run_directory(name)
-    for entry in os.listdir(directory):
-        path = f"{directory}/{entry}"
-        if entry == "lock":
-            continue
-        if os.path.isdir(path) and not os.path.islink(path):
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-
-
-def _remove(name: str) -> None:
-    """Take all names away, the lock file last: who is killed here is simply run again."""
-    directory = run_directory(name)
-    if not os.path.isdir(directory):
-        unlink_names(name)
-        return
-    with contextlib.suppress(FileNotFoundError):
-        _remove_contents(name)
-        os.unlink(f"{directory}/lock")
-    with contextlib.suppress(OSError):
-        os.rmdir(directory)
-
-
-def clean(name: str) -> bool:
-    """Remove what is left of a runtime that nobody takes part in.
-
-    Returns:
-        False if there was nothing.
-
-    Raises:
-        AlreadyRunningError: Somebody is alive there; the message names a process.
-    """
-    check_name(name)
-    directory = run_directory(name)
-    try:
-        lock_file = LockFile.open(name, create=False)
-    except RuntimeNotFoundError:
-        if not os.path.isdir(directory):
-            left = name in names_on_machine()
-            unlink_names(name)
-            return left
-        _remove(name)
-        return True
-    with lock_file.exclusive(REGISTRATION, timeout_s=5.0) as registering:
-        if registering and lock_file.is_current():
-            for byte in (HOST, ATTACHED):
-                if (pid := lock_file.holder(byte)) != 0:
-                    raise AlreadyRunningError(f"runtime {name!r} is alive: process {pid}")
-            _remove(name)
-            return True
-    return False
 
 
 def _raise_open_files_limit(slots: int) -> None:
