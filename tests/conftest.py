@@ -9,6 +9,7 @@ import importlib
 import itertools
 import multiprocessing.resource_tracker
 import os
+import signal
 import threading
 import types
 import typing
@@ -20,6 +21,9 @@ import shmsock
 from . import helpers
 
 _numbers = itertools.count()
+
+# A shell's background job ignores SIGINT, and so would every program the tests start from here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> str:
