@@ -360,11 +360,13 @@ class Recovery:
 
     def _audit_processes(self, live: np.ndarray[tuple[int], np.dtype[np.bool]]):  # type: ignore[no-untyped-def]
         columns = self._columns
+        # Copies: numpy reads its argument more than once, and others store while it does.
+        owners, writers = columns.owner.copy(), columns.writer.copy()
         words = np.array([0, *self._processes.live_words()], "u8")
         rehomed = (columns.on_owner_death != 0) & (columns.busy == 0)  # waits for a new owner
         for column, name, checked in (
-            (columns.owner, "owned", live & ~rehomed),
-            (columns.writer, "written", live),
+            (owners, "owned", live & ~rehomed),
+            (writers, "written", live),
         ):
             for slot in np.flatnonzero(checked & ~np.isin(column, words)).tolist():
                 word = int(column[slot])

@@ -153,8 +153,11 @@ class View:
         versions = columns.versioned_ref >> np.uint64(SLOT_BITS)
         even = (versions & np.uint64(1)) == 0
         rehomed = (columns.state == LIVE) & even & (columns.on_owner_death != 0)
+        # A copy: numpy reads its argument more than once, and others store while it does. And the
+        # owners before the living: who joins in between must not look dead.
+        owners = columns.owner.copy()
         words = np.array(self._processes.live_words(), "u8")
-        rows = np.flatnonzero(rehomed & ~np.isin(columns.owner, words))
+        rows = np.flatnonzero(rehomed & ~np.isin(owners, words))
         return [int(versions[row]) << SLOT_BITS | row for row in rows.tolist()]
 
     def is_listener(self, sid: int) -> bool:

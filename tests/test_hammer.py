@@ -102,6 +102,18 @@ def test_a_thread_of_the_host_hammers_beside_other_processes(runtime: Runtime) -
     assert_books_balance(runtime)
 
 
+def test_who_looks_at_a_table_that_others_change_never_stumbles(runtime: Runtime) -> None:
+    """numpy reads a column more than once: what looks must look at a copy."""
+    with Forked(in_child, runtime, 1, 10**9), Forked(in_child, runtime, 2, 10**9):
+        wait_until(lambda: len(runtime.processes()) == 3, "both churn")
+        for _ in range(1500):
+            assert runtime.orphans() == []
+            runtime.sockets()
+            runtime.owned_counts()
+            list(runtime._recovery._audit_once())
+    assert_books_balance(runtime)
+
+
 @pytest.mark.slow
 def test_books_balance_after_processes_were_killed_at_random(runtime: Runtime) -> None:
     """SIGKILL after a random while, forty times; the others go on and never hang."""
