@@ -128,9 +128,13 @@ def test_requests_go_on_while_supervisors_are_killed_and_followed() -> None:
     with Server() as first:
         failures: list[str] = []
         done = threading.Event()
+        # Who was accepted and not yet placed dies with the supervisor that has it.
+        placed = threading.Barrier(5)
 
         def ask() -> None:
             with first.client() as client:
+                assert client.call("PING") == "PONG"
+                placed.wait(WATCHDOG_S)
                 while not done.is_set():
                     if client.call("PING") != "PONG":
                         failures.append("a wrong answer")
@@ -138,6 +142,7 @@ def test_requests_go_on_while_supervisors_are_killed_and_followed() -> None:
         threads = [threading.Thread(target=ask) for _ in range(4)]
         for thread in threads:
             thread.start()
+        placed.wait(WATCHDOG_S)
         servers = [first]
         with contextlib.ExitStack() as stack:
             for _ in range(3):
