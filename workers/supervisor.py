@@ -201,14 +201,14 @@ class Supervisor:
 
     def _collect(self, deadline: float) -> None:
         """After taking over: workers join and give back what they have; then go on as before."""
-        waiting = False
+        self.runtime.repair()  # a worker may be at it: what it reaps is no orphan before that
         for sid in self.runtime.orphans():
-            if self.runtime.is_listener(sid):
-                if self.runtime.rehome(sid):
-                    self._adopt_listener(sid)
-                else:
-                    waiting = True
-        expected = {row.pid for row in self.runtime.processes() if row.role == "worker"}
+            if self.runtime.is_listener(sid) and self.runtime.rehome(sid):
+                self._adopt_listener(sid)
+        rows = self.runtime.processes()
+        waiting = not self.listeners or not all(row.alive for row in rows)
+        waiting |= any(map(self.runtime.is_listener, self.runtime.orphans()))
+        expected = {row.pid for row in rows if row.role == "worker" and row.alive}
         missing = expected - {child.pid for child in self.children if child.index >= 0}
         if (waiting or missing) and time.monotonic() < deadline:
             self.dispatcher.call_later(COLLECT_EVERY_S, functools.partial(self._collect, deadline))
