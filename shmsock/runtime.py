@@ -276,7 +276,12 @@ class Runtime(View):
         except BaseException:
             lock_file.drop(HOST)
             raise
-        runtime._serve()
+        try:
+            runtime._serve()
+        except BaseException:
+            lock_file.drop(HOST)  # or nobody could follow while this process lives
+            runtime.close()
+            raise
         directory = runtime.run_directory
         for entry in os.listdir(directory):  # what earlier hosts listened at
             path = f"{directory}/{entry}"

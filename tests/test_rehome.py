@@ -7,6 +7,7 @@ import contextlib
 import errno
 import functools
 import os
+import resource
 import socket
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 import shmsock
 from shmsock import Runtime, Status
 
-from .helpers import Peer, wait_until
+from .helpers import Forked, Peer, descriptors, wait_until
 
 ECHO = """
 import threading
@@ -213,6 +214,40 @@ def test_create_says_that_a_runtime_lost_its_host(hosted: Peer, name: str) -> No
         with pytest.raises(shmsock.HostLostError):
             Runtime.create(name)
         runtime.unlink()
+
+
+def take_over_with(name: str, files: int) -> str:
+    """Try with room for so many more descriptors, then with all of them."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = max(descriptors()) + 32
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
+    filler: list[int] = []
+    with contextlib.suppress(OSError):
+        while True:
+            filler.append(os.open("/dev/null", os.O_RDONLY))
+    for _ in range(files):
+        os.close(filler.pop())
+    try:
+        runtime, said = Runtime.take_over(name), "taken"
+    except OSError:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        for fd in filler:
+            os.close(fd)
+        runtime, said = Runtime.take_over(name), "refused"
+    assert runtime.is_host
+    runtime.close()
+    return said
+
+
+def test_a_take_over_without_descriptors_leaves_the_place_of_the_host_free(
+    hosted: Peer, name: str
+) -> None:
+    with Peer(name):
+        hosted.kill()
+        said = [Forked(take_over_with, name, files).result() for files in range(12)]
+        assert {"refused", "taken"} == set(said)
+        with Runtime.take_over(name) as runtime:
+            assert runtime.audit() == []
 
 
 def test_a_new_host_is_given_back_what_the_others_have(hosted: Peer, name: str) -> None:
