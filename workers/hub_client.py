@@ -29,6 +29,7 @@ _HEAD = struct.Struct("<BBBHH")
 _USER_DATA_BYTES = 64
 MAX_NAME_BYTES = _USER_DATA_BYTES - _HEAD.size - 2
 _LIVE = 1
+_PRINTABLE = frozenset(range(ord("!"), ord("~") + 1))  # of names and libraries
 
 
 class Reply(enum.IntEnum):
@@ -78,12 +79,19 @@ class ClientInfo:
 
     @classmethod
     def unpack(cls, data: bytes) -> ClientInfo | None:
-        """The reverse; trailing NULs may be missing. None: not a RESP client's."""
+        """The reverse; trailing NULs may be missing. None: not a RESP client's.
+
+        Any process of the application may store there what it likes: what ``pack`` cannot have
+        written is somebody else's.
+        """
         if not data or data[0] != _TAG:
             return None
         data = data.ljust(_USER_DATA_BYTES, b"\0")
         _, flags, db, sub, psub = _HEAD.unpack_from(data)
-        name, lib_name, lib_ver = data[_HEAD.size :].split(b"\0", 3)[:3]
+        words = data[_HEAD.size :].split(b"\0")[:3]
+        if len(words) < 3 or not _PRINTABLE.issuperset(b"".join(words)):
+            return None
+        name, lib_name, lib_ver = words
         return cls(
             resp=3 if flags & 1 else 2,
             authenticated=bool(flags & 2),
@@ -187,8 +195,6 @@ def clients(hub: Hub, only: int | None = None) -> list[Client]:
 
 
 # ------------------------------------------------------------------------------- names, libraries
-
-_PRINTABLE = frozenset(range(ord("!"), ord("~") + 1))
 
 
 def set_name(session: RespSession, name: bytes) -> None:
