@@ -439,9 +439,15 @@ class Runtime(View):
         self._store.on_join = callback
 
     def _refused(self, index: int, sids: tuple[int, ...]) -> None:
-        """A process had no descriptor left for what it was passed."""
+        """A process had no descriptor left for what it was passed.
+
+        Said late, it is about a connection that somebody else reads by now: that one goes on.
+        """
+        cells = self._segment.cells
+        word, owners = cells.row_state[index] >> 8 << 16 | index, cells.owner
         for sid in sids:
-            self.set_failed(sid, errno.EMFILE, f"process {index} is out of descriptors")
+            if sid & SLOT_MASK < self.slots and owners[sid & SLOT_MASK] == word:
+                self.set_failed(sid, errno.EMFILE, f"process {index} is out of descriptors")
 
     def address(self, sid: int) -> SocketRef | None:
         """Turn an id into a usable socket, or None once it has failed; see SocketRef.

@@ -14,6 +14,7 @@ import threading
 import types
 import typing
 
+import hypothesis
 import pytest
 
 import shmsock
@@ -21,6 +22,9 @@ import shmsock
 from . import helpers
 
 _numbers = itertools.count()
+
+# For a night, not for CI: pytest --hypothesis-profile=deep
+hypothesis.settings.register_profile("deep", max_examples=5000, deadline=None)
 
 # A shell's background job ignores SIGINT, and so would every program the tests start from here.
 signal.signal(signal.SIGINT, signal.default_int_handler)

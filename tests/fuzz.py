@@ -18,9 +18,11 @@ import typing
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from . import fuzz_targets
+from . import fuzz_live, fuzz_targets
 
 _ROUND = 100  # examples; a new seed for each round
+
+TARGETS = {**fuzz_targets.TARGETS, **fuzz_live.TARGETS}
 
 
 def run(target: str, seconds: float, first_seed: int) -> int:
@@ -31,7 +33,7 @@ def run(target: str, seconds: float, first_seed: int) -> int:
     """
     examples, rounds = 0, 0
     deadline = time.monotonic() + seconds
-    with fuzz_targets.TARGETS[target]() as (strategy, check):
+    with TARGETS[target]() as (strategy, check):
 
         def counted(value: typing.Any) -> None:
             nonlocal examples
@@ -61,9 +63,9 @@ def main(arguments: collections.abc.Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0, help="of all targets together")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
-    parser.add_argument("--target", choices=fuzz_targets.TARGETS, action="append")
+    parser.add_argument("--target", choices=TARGETS, action="append")
     options = parser.parse_args(arguments)
-    chosen = options.target or list(fuzz_targets.TARGETS)
+    chosen = options.target or list(TARGETS)
     print(f"seed {options.seed}, {options.seconds:g} s for {', '.join(chosen)}", flush=True)
     for target in chosen:
         began = time.monotonic()

@@ -48,6 +48,18 @@ def wait_until(
     return result
 
 
+def after_a_round(
+    dispatcher: shmsock.Dispatcher, condition: collections.abc.Callable[[], T]
+) -> collections.abc.Callable[[], T]:
+    """A condition for ``wait_until`` that lets a dispatcher work before each look."""
+
+    def look() -> T:
+        dispatcher.run_once(0)
+        return condition()
+
+    return look
+
+
 class Forked:
     """A forked child that runs one function; its result, or its traceback, comes by a pipe.
 

@@ -335,3 +335,23 @@ def test_another_user_is_refused(runtime: shmsock.Runtime) -> None:
         return found
 
     assert Forked(intrude).result() == ["hung up", "EACCES"]
+
+
+def test_a_refusal_that_comes_late_does_not_fail_what_another_process_owns_by_now(
+    runtime: shmsock.Runtime,
+) -> None:
+    ours, peers = connected()
+    with peers, Peer(runtime.name, "worker") as worker, dial(runtime) as sock:
+        sid = runtime.create_socket(ours)
+        word, cells = runtime._engine.word, runtime._segment.cells
+        (_, index) = (row.index for row in runtime.processes())
+        theirs = runtime._word_of(index)
+        channel.send(sock, channel.HELLO, worker.ask("rt._descriptors._hello"), code=1)
+        for owner, status in ((word, shmsock.Status.LIVE), (theirs, shmsock.Status.GONE)):
+            cells.owner[sid & 0xFFFFFFFF] = owner
+            channel.send(sock, channel.PASS_NO, [sid, sid + 1, (1 << 64) - 1])
+            channel.send(sock, channel.GET, [0])  # its answer: what came before was heard
+            answer = channel.receive(sock, 0)
+            assert answer is not None
+            assert answer.type == channel.GET_NO
+            assert runtime.status(sid) is status

@@ -5,16 +5,17 @@ A failure says how to find it again. ``python -m tests.fuzz --seconds 600`` goes
 
 from __future__ import annotations
 
+import contextlib
 import random
 
 import pytest
 
 from workers.hub_client import ClientInfo
 
-from . import fuzz, fuzz_targets
+from . import fuzz
 
 
-@pytest.mark.parametrize("target", fuzz_targets.TARGETS)
+@pytest.mark.parametrize("target", fuzz.TARGETS)
 def test_nothing_is_found_in_a_moment(target: str) -> None:
     assert fuzz.run(target, seconds=3.0, first_seed=random.SystemRandom().randrange(1 << 32)) > 0
 
@@ -22,19 +23,19 @@ def test_nothing_is_found_in_a_moment(target: str) -> None:
 def test_a_command_line_finds_a_failure_again(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    target = fuzz_targets.TARGETS["socket_id"]
+    target = fuzz.TARGETS["socket_id"]
     seen: list[object] = []
 
     def fails(value: object) -> None:
         seen.append(value)
         assert len(seen) < 50
 
-    @fuzz_targets.contextlib.contextmanager
+    @contextlib.contextmanager
     def failing():  # type: ignore[no-untyped-def]
         with target() as (strategy, _):
             yield strategy, fails
 
-    monkeypatch.setitem(fuzz_targets.TARGETS, "socket_id", failing)
+    monkeypatch.setitem(fuzz.TARGETS, "socket_id", failing)
     with pytest.raises(AssertionError) as caught:
         fuzz.main(["--seconds", "0", "--seed", "7", "--target", "socket_id"])
     assert "--seed 7 --target socket_id" in str(caught.value.__notes__)

@@ -1,10 +1,23 @@
-"""The table against a plain dictionary: hypothesis plays two participants at random."""
+"""The table against a plain dictionary: hypothesis plays two participants, and others who die.
+
+Those who die are real processes: each attaches, does what it was told, and is killed with SIGKILL
+while it holds, owns and writes. The model says what that leaves until it is reaped, and afterwards.
+
+``pytest --hypothesis-profile=deep tests/test_table_model.py`` plays longer.
+"""
 
 from __future__ import annotations
 
+import collections.abc
+import contextlib
 import dataclasses
+import errno
+import importlib
 import itertools
+import json
 import os
+import re
+import types
 import typing
 
 from hypothesis import HealthCheck, settings
@@ -24,9 +37,9 @@ import shmsock
 from shmsock.errors import ClosedError, TableFullError
 from shmsock.layout import FREE
 
-from .helpers import Member
+from .helpers import Forked, Member, die
 
-SLOTS, STRIPES = 5, 2
+SLOTS, STRIPES, ROWS = 5, 2, 4
 SLOT = 0xFFFFFFFF
 _numbers = itertools.count()
 
@@ -35,23 +48,33 @@ who = st.integers(0, 1)
 
 @dataclasses.dataclass
 class Socket:
-    """What the model knows of one socket."""
+    """What the model knows of one socket.
+
+    Attributes:
+        owner: A process's word, as in the table; likewise ``writer``.
+        counts: References of the two that stay.
+        mourned: Rows of the dead that were attached and were not recounted yet.
+    """
 
     owner: int
+    rehome: bool = False
+    busy: bool = False
     failed: bool = False
     released: bool = False
-    writer: int | None = None
+    writer: int = 0
     error: int = 0
     data: bytes = b""
     counts: list[int] = dataclasses.field(default_factory=lambda: [0, 0])
+    mourned: set[int] = dataclasses.field(default_factory=set)
 
     @property
     def gone(self) -> bool:
-        return (self.failed or self.released) and not any(self.counts)
+        return (self.failed or self.released) and not any(self.counts) and not self.mourned
 
     @property
     def nref(self) -> int:
-        return (not self.failed and not self.released) + sum(map(bool, self.counts))
+        additional = not self.failed and not self.released
+        return additional + sum(map(bool, self.counts)) + len(self.mourned)
 
 
 class Held(typing.NamedTuple):
@@ -62,8 +85,59 @@ class Held(typing.NamedTuple):
     reference: typing.Any
 
 
+class Deed(typing.NamedTuple):
+    """What somebody does before he dies: to a new socket, or to one of those there are."""
+
+    what: str
+    which: int
+    rehome: bool
+    busy: bool
+
+
+DEEDS = st.builds(
+    Deed,
+    st.sampled_from(("create", "hold", "turn", "own", "fail", "release")),
+    st.integers(0, 1 << 10),
+    st.booleans(),
+    st.booleans(),
+)
+
+
+def live_and_die(
+    name: str, module: types.ModuleType, told: list[tuple[Deed, int, int]], report: int
+) -> None:
+    """In a child: take a row, do it all, say what came of it, and be killed with it in hand."""
+    member = Member.attach(name, module)
+    engine, word, kept = member.engine, member.word, []
+    results: list[object] = []
+    for deed, sid, owner in told:
+        done: object = None
+        if deed.what == "create":
+            with contextlib.suppress(TableFullError):
+                done = member.new(user_data=b"new", on_owner_death=int(deed.rehome))
+        elif deed.what == "hold":
+            kept.append(engine.address(sid, deed.busy))
+            done = kept[-1] is not None
+        elif deed.what == "turn":
+            done = bool(engine.take_turn(sid))
+        elif deed.what == "own":
+            done = bool(engine.change_owner(sid, owner, word))
+        elif deed.what == "fail":
+            done = bool(engine.set_failed(sid, errno.ECONNABORTED, "by the late"))
+        else:
+            done = bool(engine.release_additional_reference(sid))
+        if done and deed.busy and deed.what in ("create", "own"):
+            slot = (int(typing.cast(int, done)) if deed.what == "create" else sid) & SLOT
+            member.cells.busy[slot] = 1
+        results.append(done)
+    os.write(report, json.dumps([member.index, word, results]).encode())
+    die()
+
+
 class Table(RuleBasedStateMachine):
-    """Every transition, in any order, by either participant."""
+    """Every transition, in any order, by either participant, and by those who die."""
+
+    modules: typing.ClassVar[tuple[types.ModuleType, types.ModuleType]]
 
     sids = Bundle("sids")
     open = Bundle("open")
@@ -72,9 +146,12 @@ class Table(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         name = f"m{os.getpid()}-{next(_numbers)}"
-        first = Member.create(name, slots=SLOTS, stripes=STRIPES)
-        self.slots = first.layout.slots
-        self.members = (first, Member.attach(name))
+        first = Member.create(name, self.modules[0], slots=SLOTS, processes=ROWS, stripes=STRIPES)
+        self.slots, self.block = first.layout.slots, first.layout.block
+        self.members = (first, Member.attach(name, self.modules[1]))
+        self.words = [member.word for member in self.members]
+        self.dead: dict[int, int] = {}  # row, word
+        self.fenced: set[int] = set()
         self.sockets: dict[int, Socket] = {}
         self.slot_versions: dict[int, int] = {}
 
@@ -82,6 +159,7 @@ class Table(RuleBasedStateMachine):
         return typing.cast(shmsock.engine.Engine, self.members[member].engine)
 
     def teardown(self) -> None:
+        self.members[0].recovery.look()
         for member in reversed(self.members):
             member.leave()
         self.members[0].unlink()
@@ -101,20 +179,23 @@ class Table(RuleBasedStateMachine):
     def in_use(self) -> int:
         return sum(not socket.gone for socket in self.sockets.values())
 
-    @rule(target=sids, member=who)
-    def create(self, member: int) -> typing.Any:
+    def sid_made(self, sid: int, socket: Socket) -> None:
+        slot, version = sid & SLOT, sid >> 32
+        assert sid not in self.sockets or self.sockets[sid].gone
+        assert version == self.slot_versions[slot]
+        self.slot_versions[slot] = (version + 2) % (1 << 31) or 2
+        self.sockets[sid] = socket
+
+    @rule(target=sids, member=who, rehome=st.booleans())
+    def create(self, member: int, rehome: bool) -> typing.Any:
         if self.in_use() == self.slots:
             try:
                 self.members[member].new()
             except TableFullError:
                 return multiple()
             raise AssertionError("more sockets than slots")
-        sid = self.members[member].new(user_data=b"new")
-        slot, version = sid & SLOT, sid >> 32
-        assert sid not in self.sockets or self.sockets[sid].gone
-        assert version == self.slot_versions[slot]
-        self.slot_versions[slot] = (version + 2) % (1 << 31) or 2
-        self.sockets[sid] = Socket(member, data=b"new")
+        sid = self.members[member].new(user_data=b"new", on_owner_death=int(rehome))
+        self.sid_made(sid, Socket(self.words[member], rehome, data=b"new"))
         return sid
 
     @rule(target=open, member=who, sid=sids, failed_too=st.booleans())
@@ -171,28 +252,122 @@ class Table(RuleBasedStateMachine):
     def take_turn(self, member: int, sid: int) -> None:
         socket = self.live(sid)
         taken = self.engine(member).take_turn(sid)
-        assert bool(taken) is (socket is not None and socket.writer is None)
+        assert bool(taken) is (socket is not None and not socket.writer)
         if socket is not None and taken:
-            socket.writer = member
+            socket.writer = self.words[member]
 
     @rule(member=who, sid=sids)
     def give_turn(self, member: int, sid: int) -> None:
         socket = self.live(sid)
         given = self.engine(member).give_turn(sid)
-        assert bool(given) is (socket is not None and socket.writer == member)
+        assert bool(given) is (socket is not None and socket.writer == self.words[member])
         if socket is not None and given:
-            socket.writer = None
+            socket.writer = 0
 
     @rule(giver=who, taker=who, sid=sids, busy=st.booleans())
     def change_owner(self, giver: int, taker: int, sid: int, busy: bool) -> None:
         socket = self.live(sid)
-        if socket is not None:
-            self.members[giver].cells.busy[sid & SLOT] = busy
-        words = self.members[giver].word, self.members[taker].word
+        words = self.words[giver], self.words[taker]
+        if socket is not None and socket.owner == words[0]:  # its owner's to say
+            self.members[giver].cells.busy[sid & SLOT] = socket.busy = busy
         changed = self.engine(taker).change_owner(sid, *words)
-        assert bool(changed) is (socket is not None and socket.owner == giver and not busy)
+        right = socket is not None and socket.owner == words[0] and not socket.busy
+        assert bool(changed) is right
         if socket is not None and changed:
-            socket.owner = taker
+            socket.owner = words[1]
+
+    @rule(taker=who, sid=sids)
+    def take_from_whoever_owns_it(self, taker: int, sid: int) -> None:
+        """Also from the dead: how an idle socket goes on elsewhere."""
+        socket = self.live(sid)
+        expected = self.sockets[sid].owner
+        changed = self.engine(taker).change_owner(sid, expected, self.words[taker])
+        assert bool(changed) is (socket is not None and not socket.busy)
+        if socket is not None and changed:
+            socket.owner = self.words[taker]
+
+    # -- death ------------------------------------------------------------------------------------
+
+    @precondition(lambda self: len(self.dead) < ROWS - 2)
+    @rule(target=sids, deeds=st.lists(DEEDS, min_size=1, max_size=6))
+    def somebody_lives_and_is_killed(self, deeds: list[Deed]) -> typing.Any:
+        known = list(self.sockets)
+        told = []
+        for deed in deeds if known else [deed for deed in deeds if deed.what == "create"]:
+            sid = known[deed.which % len(known)] if known else 0
+            told.append((deed, sid, self.sockets[sid].owner if known else 0))
+        read, write = os.pipe()
+        with Forked(live_and_die, self.members[0].name, self.modules[1], told, write) as child:
+            os.close(write)
+            with os.fdopen(read) as report:
+                said = report.read()
+            assert os.WIFSIGNALED(child.wait()), said
+        index, word, results = json.loads(said)
+        self.dead[index] = word
+        return multiple(*self._believe(told, index, word, results))
+
+    def _believe(
+        self, told: list[tuple[Deed, int, int]], index: int, word: int, results: list[typing.Any]
+    ) -> collections.abc.Iterator[int]:
+        """Check what the late said against the model, and enter it; gives the new ids."""
+        for (deed, sid, owner), done in zip(told, results, strict=True):
+            if deed.what == "create":
+                assert (done is None) is (self.in_use() == self.slots)
+                if done is not None:
+                    self.sid_made(done, Socket(word, deed.rehome, deed.busy, data=b"new"))
+                    yield done
+                continue
+            socket, live = self.sockets[sid], self.live(sid)
+            if deed.what == "hold":
+                assert done is (not socket.gone and (deed.busy or not socket.failed))
+                socket.mourned |= {index} if done else set()
+                continue
+            right = (
+                live is not None
+                and {
+                    "turn": not socket.writer,
+                    "own": socket.owner == owner and not socket.busy,
+                    "fail": True,
+                    "release": not socket.released,
+                }[deed.what]
+            )
+            assert done is right, deed
+            if done and deed.what == "turn":
+                socket.writer = word
+            elif done and deed.what == "own":
+                socket.owner, socket.busy = word, deed.busy
+            elif done and deed.what == "fail":
+                socket.failed, socket.error = True, errno.ECONNABORTED
+            elif done:
+                socket.released = True
+
+    def recounted(self, stripes: collections.abc.Collection[int]) -> None:
+        """What a recount of these stripes makes of what the fenced left."""
+        gone = {self.dead[index] for index in self.fenced}
+        for sid, socket in self.sockets.items():
+            if socket.gone or (sid & SLOT) // self.block not in stripes:
+                continue
+            socket.mourned -= self.fenced
+            if not socket.failed and socket.writer in gone:
+                socket.failed, socket.error = True, errno.EPIPE
+            elif not socket.failed and socket.owner in gone and (socket.busy or not socket.rehome):
+                socket.failed, socket.error = True, errno.EOWNERDEAD
+
+    @precondition(lambda self: self.dead)
+    @rule(member=who)
+    def look_for_the_dead(self, member: int) -> None:
+        assert self.members[member].recovery.look()
+        for index, word in sorted(self.dead.items()):
+            touched = {
+                (sid & SLOT) // self.block
+                for sid, socket in self.sockets.items()
+                if not socket.gone
+                and (index in socket.mourned or word in (socket.owner, socket.writer))
+            }
+            self.fenced.add(index)
+            self.recounted(touched)
+        self.dead.clear()
+        self.fenced.clear()
 
     @rule(member=who, sid=sids, data=st.binary(max_size=64).map(lambda data: data.rstrip(b"\0")))
     def set_user_data(self, member: int, sid: int, data: bytes) -> None:
@@ -211,10 +386,12 @@ class Table(RuleBasedStateMachine):
     @precondition(lambda self: self.sockets)
     @rule(stripe=st.integers(0, STRIPES - 1), member=who)
     def retire(self, stripe: int, member: int) -> None:
-        """A suspicion that is wrong changes nothing."""
+        """A suspicion that is wrong changes nothing; a right one, what the dead left there."""
         with self.members[member].recovery.arbitrated(1.0) as arbiter:
             assert arbiter
             assert self.members[member].recovery.retire(stripe)
+        self.fenced |= set(self.dead)
+        self.recounted({stripe})
 
     @invariant()
     def agrees_with_the_model(self) -> None:
@@ -226,9 +403,12 @@ class Table(RuleBasedStateMachine):
             assert status is (shmsock.Status.FAILED if socket.failed else shmsock.Status.LIVE)
             slot, first = sid & SLOT, self.members[0]
             assert first.nref(sid) == socket.nref
-            assert first.columns.held[slot].tolist()[:2] == [bool(n) for n in socket.counts]
+            held = {i: bool(n) for i, n in enumerate(socket.counts)}
+            held |= {row: row in socket.mourned for row in range(2, ROWS)}
+            assert dict(enumerate(first.columns.held[slot].tolist())) == held
             assert [self.engine(m).count(slot) for m in (0, 1)] == socket.counts
-            assert first.cells.owner[slot] == self.members[socket.owner].word
+            assert first.cells.owner[slot] == socket.owner
+            assert first.cells.writer[slot] == socket.writer or socket.failed
             assert first.columns.user_data[slot, first.cells.selector[slot] & 1] == socket.data
             if socket.failed:
                 assert first.cells.error_code[slot] == socket.error
@@ -240,13 +420,35 @@ class Table(RuleBasedStateMachine):
 
     @invariant()
     def audit_is_clean(self) -> None:
-        assert self.members[0].recovery.audit() == []
+        found = self.members[0].recovery.audit() if not self.dead else self.audit_once()
+        assert found == []
+
+    def audit_once(self) -> list[str]:
+        """The complaints, without those about the dead that nobody has looked for yet."""
+        mourning = re.compile(r"died and was not reaped|process \d+, which has left")
+        found = self.members[0].recovery._audit_once()
+        return [line for line in found if not mourning.search(line)]
 
 
-TestTable = Table.TestCase
-TestTable.settings = settings(
-    max_examples=120,
-    stateful_step_count=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
+def _pairs() -> list[tuple[types.ModuleType, types.ModuleType]]:
+    """Each engine with itself, and both on one segment where there are two."""
+    modules = [importlib.import_module("shmsock._engine_py")]
+    with contextlib.suppress(ImportError):
+        modules.append(importlib.import_module("shmsock._engine"))
+    return list(itertools.combinations_with_replacement(modules, 2))
+
+
+DEEP = settings.default is not None and settings.default.max_examples >= 1000
+
+for _pair in _pairs():
+    _named = "".join(module.NAME.title() for module in _pair)
+    _machine: typing.Any = type(f"Table{_named}", (Table,), {"modules": _pair})
+    _case = _machine.TestCase
+    _case.settings = settings(
+        max_examples=5000 if DEEP else 100,
+        stateful_step_count=100 if DEEP else 40,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    globals()[f"TestTable{_named}"] = _case
+    del _case
