@@ -311,3 +311,28 @@ def test_what_arrives_while_draining_is_closed_too(bench: Bench) -> None:
     _, late = bench.connect()
     bench.run_until(lambda: len(bench.messenger) == 0)
     assert read_to_end(late) == b""
+
+
+def test_a_protocol_that_cannot_go_on_with_one_connection_keeps_the_others(
+    bench: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resumes(user_data: bytes) -> bool:
+        raise ZeroDivisionError(user_data)
+
+    monkeypatch.setattr(bench.first, "resumes", resumes)
+    pairs = [connected("unix") for _ in range(2)]
+    bench.peers += [peer for _, peer in pairs]
+    pairs[1][1].setblocking(False)
+    data = (b"left by another owner", b"")
+    sids = [
+        bench.runtime.create_socket(ours, each) for (ours, _), each in zip(pairs, data, strict=True)
+    ]
+    bench.messenger.take(sids)
+    assert "cannot go on here" in caplog.text
+    assert [bench.runtime.status(sid) for sid in sids] == [
+        shmsock.Status.GONE,
+        shmsock.Status.LIVE,
+    ]
+    pairs[1][1].sendall(b"hello\n")
+    assert bench.hear(pairs[1][1], 6) == b"hello\n"
+    bench.run_until(lambda: len(bench.messenger) == 1)

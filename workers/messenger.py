@@ -92,7 +92,11 @@ class Messenger:
             if not watched:
                 del self._connections[sid]
                 continue
-            self._resume(sid)
+            try:
+                self._resume(sid)
+            except Exception:  # likewise; what a protocol finds there is the application's
+                log.exception("%s cannot go on here", format_socket_id(sid))
+                self._runtime.set_failed(sid, errno.EPROTO, "its protocol could not go on with it")
             if self._draining:
                 self._finish(sid)
 
