@@ -19,6 +19,7 @@ from .errors import (
     StripeTimeoutError,
     TableFullError,
 )
+from .inspection import Inspector
 from .layout import (
     INVALID_SOCKET_ID,
     KIND_NAMES,
@@ -27,6 +28,7 @@ from .layout import (
     format_socket_id,
     parse_socket_id,
 )
+from .mending import Mended
 from .names import clean
 from .runtime import Runtime, current
 from .segment import check_name, names_on_machine
@@ -46,6 +48,8 @@ __all__ = [
     "Dispatcher",
     "FormatError",
     "HostLostError",
+    "Inspector",
+    "Mended",
     "OverCrowdedError",
     "PoisonedError",
     "ProcessInfo",

@@ -31,7 +31,7 @@ import typing
 
 import posix_ipc
 
-from .errors import ClosedError, PoisonedError, StripeTimeoutError
+from .errors import ClosedError, StripeTimeoutError
 from .layout import BROKEN, HEADER_INDEX, LIVE, OWN, WANT
 from .segment import Segment, Semaphores
 
@@ -191,9 +191,7 @@ class Stripes:
 
     def _check_participation(self) -> int:
         if self.segment.header[_POISONED]:
-            raise PoisonedError(
-                f"runtime {self.segment.name!r} failed its audit: restart its supervisor"
-            )
+            self.segment.check()
         # A forked child's inherited engine would claim in its parent's name.
         if self.foreign or self.closed or self.cells.row_state[self.index] != self._row_word:
             raise ClosedError(

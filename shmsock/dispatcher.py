@@ -26,7 +26,7 @@ import select
 import threading
 import typing
 
-from .errors import StripeTimeoutError
+from .errors import PoisonedError, StripeTimeoutError
 from .layout import format_socket_id
 from .service import Timer
 from .socket import SocketRef
@@ -190,7 +190,11 @@ class Dispatcher:
     # -- the loop -------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Dispatch until ``stop``; the service thread's work is done here meanwhile."""
+        """Dispatch until ``stop``; the service thread's work is done here meanwhile.
+
+        Raises:
+            PoisonedError: The runtime failed its audit: attach again once there is a new one.
+        """
         self._service.adopt()
         try:
             self._thread = threading.get_ident()
@@ -198,6 +202,7 @@ class Dispatcher:
             self._epoll.register(self._service_fd, select.EPOLLIN)
             while not self._stopping:
                 self.run_once(-1.0)
+            self._runtime._segment.check()
         finally:
             self._stopping = False
             with contextlib.suppress(OSError, ValueError):  # a callback may have closed us
@@ -269,6 +274,8 @@ class Dispatcher:
             try:
                 if consumer.callback(reference):
                     self._again.append(consumer)
+            except PoisonedError:
+                raise
             except Exception as error:
                 log.exception("a consumer raised; %s is failed", format_socket_id(sid))
                 text = f"a consumer raised {type(error).__name__}"
@@ -278,6 +285,8 @@ class Dispatcher:
     def _call(self, callback: collections.abc.Callable[[], object]) -> None:
         try:
             callback()
+        except PoisonedError:  # of nothing here anything can come
+            raise
         except Exception:
             log.exception("a callback raised; the loop goes on")
 

@@ -127,6 +127,8 @@ class Groups:
         self._is_live = is_live
         self._fetch = fetch
         self._map_size_bytes = map_size_bytes
+        # Called before every use: raises when the runtime is of no use any more.
+        self.check: collections.abc.Callable[[], object] = lambda: None
         # Called with the id of a member that reads too slowly for a broadcast: an application
         # that wants no gaps ends it.
         self.on_crowded: collections.abc.Callable[[int], object] | None = None
@@ -276,6 +278,7 @@ class Groups:
             group_store.leave(self, store)
 
     def _shared(self) -> Store:
+        self.check()
         if self._closed:
             raise ClosedError("these groups are closed")
         store = self._store

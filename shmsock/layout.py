@@ -126,7 +126,7 @@ SOCKET_DTYPE = np.dtype(
     ]
 )
 
-# Words of the header page, in order, then the host's control address as text at ADDRESS_OFFSET.
+# Words of the header page, in order, then two texts at fixed offsets.
 HEADER_WORDS = (
     "magic",
     "layout",
@@ -144,6 +144,8 @@ HEADER_WORDS = (
 )
 HEADER_INDEX = {name: i for i, name in enumerate(HEADER_WORDS)}
 ADDRESS_OFFSET = 512
+# Why the segment was poisoned, as text, stored before the word is.
+REASON_OFFSET, REASON_BYTES = 1024, 256
 
 # Columns: name, item type, and how many items: by slot, process row, stripe or a product.
 _COLUMNS = (

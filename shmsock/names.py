@@ -14,6 +14,7 @@ from .errors import AlreadyRunningError, HostLostError, RuntimeNotFoundError
 from .processes import ATTACHED, HOST, REGISTRATION, LockFile
 from .segment import (
     check_name,
+    is_poisoned,
     make_run_directory,
     names_on_machine,
     run_directory,
@@ -39,7 +40,13 @@ def own_name(name: str) -> LockFile:
                     f"runtime {name!r} is served by process {pid}: attach to it, stop it, or take "
                     "another --name"
                 )
-            if (pid := lock_file.holder(ATTACHED)) != 0:
+            pid = lock_file.holder(ATTACHED)
+            if pid != 0 and is_poisoned(name) is not False:
+                # Poisoned, or its host was killed while it removed the names: whoever still takes
+                # part keeps what it has, lock file included, and can only leave.
+                remove(name)
+                continue
+            if pid != 0:
                 raise HostLostError(
                     f"runtime {name!r} has lost its host but process {pid} still takes part: "
                     f"take it over, or run `shmsock clean --name {name} --kill`"

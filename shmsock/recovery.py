@@ -1,4 +1,4 @@
-"""Repair: retiring a stripe, recounting its slots, reaping the dead, auditing the table.
+"""Repair: retiring a stripe, recounting its slots, reaping the dead.
 
 Rare, so Python only, over both engines. Everything here is done under the arbiter, a kernel lock
 that dies with its holder, and stores absolute values alone: a repairer may be killed anywhere, and
@@ -24,9 +24,11 @@ import contextlib
 import errno
 import logging
 import time
+import typing
 
 import numpy as np
 
+from .audit import Audit
 from .engine import Engine, recycle, settle
 from .errors import ClosedError, PoisonedError, StripeTimeoutError
 from .layout import (
@@ -74,6 +76,9 @@ class Recovery:
         self._semaphores = semaphores
         self._engine = engine
         self._blocked: dict[int, float] = {}
+        self.auditor = Audit(segment, processes)
+        # Called with a stripe inside it, before it is recounted (mending.py).
+        self.prepare: collections.abc.Callable[[int], object] | None = None
         self.counters = {"retired": 0, "recounted": 0, "reaped": 0}
 
     # -- when to repair -------------------------------------------------------------------------
@@ -215,6 +220,8 @@ class Recovery:
         block = self._layout.block
         begin = stripe * block
         rows = slice(begin, begin + block)
+        if self.prepare is not None:
+            self.prepare(stripe)
         for index in dead:
             self._columns.held[rows, index] = 0
         live = np.array([0, *self._living_words(dead)], "u8")
@@ -230,12 +237,20 @@ class Recovery:
         torn = ~np.isin(self._columns.writer[rows], live)
         suspect = np.where(
             states == FREE,
-            nrefs != 0,
+            (nrefs != 0) | self._leftovers(rows),
             (states != LIVE) | (expected != nrefs) | (expected == 0) | (even & (orphaned | torn)),
         )
         for offset in np.flatnonzero(suspect).tolist():
             self._recount_slot(begin + offset, bool(orphaned[offset]), bool(torn[offset]))
         self.counters["recounted"] += 1
+
+    def _leftovers(self, rows: slice) -> np.ndarray[typing.Any, typing.Any]:
+        """Which slots still say something of a socket; of a FREE one that must be nothing."""
+        columns = self._columns
+        found: np.ndarray[typing.Any, typing.Any] = (
+            (columns.owner[rows] != 0) | (columns.writer[rows] != 0) | (columns.retired[rows] != 0)
+        )
+        return found
 
     def _living_words(self, dead: collections.abc.Iterable[int]) -> list[int]:
         gone = set(dead)
@@ -246,6 +261,7 @@ class Recovery:
         state = cells.state[slot]
         version = cells.versioned_ref[slot] >> SLOT_BITS
         if state == FREE:  # CRASH(create): killed before LIVE
+            cells.owner[slot] = cells.writer[slot] = cells.retired[slot] = 0
             cells.versioned_ref[slot] = version << SLOT_BITS
         elif state == RECYCLING:  # CRASH(recycle)
             recycle(cells, slot)
@@ -281,7 +297,7 @@ class Recovery:
         for stripe in self._stripes_of(index, word):
             claims = self._columns.claims[:, stripe]
             stuck = claims[index] != 0 or self._cells.ctl[stripe] & 3 != OPEN
-            if stuck or not self._recount_in_turn(stripe):
+            if stuck or not self.recount_in_turn(stripe):
                 complete &= self.retire(stripe)
         if not complete or self._columns.claims[index].any():
             return False
@@ -297,7 +313,7 @@ class Recovery:
         touched = slots.reshape(self._layout.stripes, self._layout.block).any(axis=1)
         return np.flatnonzero(touched | (columns.claims[index] != 0)).tolist()
 
-    def _recount_in_turn(self, stripe: int) -> bool:
+    def recount_in_turn(self, stripe: int) -> bool:
         """Recount inside the stripe, taken in the ordinary way; False if it could not be had."""
         if self._engine is None:
             return False
@@ -313,70 +329,6 @@ class Recovery:
 
     # -- audit ----------------------------------------------------------------------------------
 
-    def audit(self) -> list[str]:
-        """Check DESIGN section 5's invariants over the whole table; a line for each breach.
-
-        Concurrency: takes nothing. On a live table a slot in mid-transition may look wrong, so
-            what looks wrong is looked at again, up to five times, before it is reported.
-        """
-        complaints: set[str] = set()
-        for attempt in range(5):
-            found = set(self._audit_once())
-            complaints = found if attempt == 0 else complaints & found
-            if not complaints:
-                break
-            time.sleep(0.01)
-        return sorted(complaints)
-
-    def _audit_once(self) -> collections.abc.Iterator[str]:
-        columns, layout = self._columns, self._layout
-        if self._segment.get("poisoned"):
-            yield "the segment is marked poisoned"
-        attached = np.count_nonzero(columns.held, axis=1)
-        versions = columns.versioned_ref >> np.uint64(SLOT_BITS)
-        nrefs = columns.versioned_ref & np.uint64(SLOT_MASK)
-        even = (versions & np.uint64(1)) == 0
-        free, live = columns.state == FREE, columns.state == LIVE
-        wrong = free & ((nrefs != 0) | ~even | (attached != 0))
-        for slot in np.flatnonzero(wrong).tolist():
-            yield (
-                f"slot {slot} is FREE with version {versions[slot]}, nref {nrefs[slot]} "
-                f"and {attached[slot]} attached"
-            )
-        expected = attached + (even & (columns.retired == 0))
-        for slot in np.flatnonzero(live & (expected != nrefs)).tolist():
-            yield f"slot {slot} has nref {nrefs[slot]}, its formula gives {expected[slot]}"
-        for slot in np.flatnonzero(live & (expected == 0)).tolist():
-            yield f"slot {slot} is held by nobody and was not recycled"
-        for slot in np.flatnonzero(~free & ~live).tolist():
-            yield f"slot {slot} is in the middle of recycling"
-        yield from self._audit_processes(live & even)
-        for stripe in np.flatnonzero((columns.ctl & 3) != OPEN).tolist():
-            yield f"stripe {stripe} is being retired"
-        for index, stripe in np.argwhere((columns.claims & 3) == BROKEN).tolist():
-            yield f"stripe {stripe} was broken by process {index}"
-        if len(columns.ctl) != layout.stripes:  # pragma: no cover - a mapping that shrank
-            yield "the segment is shorter than its layout"
-
-    def _audit_processes(self, live: np.ndarray[tuple[int], np.dtype[np.bool]]):  # type: ignore[no-untyped-def]
-        columns = self._columns
-        # Copies: numpy reads its argument more than once, and others store while it does.
-        owners, writers = columns.owner.copy(), columns.writer.copy()
-        words = np.array([0, *self._processes.live_words()], "u8")
-        rehomed = (columns.on_owner_death != 0) & (columns.busy == 0)  # waits for a new owner
-        for column, name, checked in (
-            (owners, "owned", live & ~rehomed),
-            (writers, "written", live),
-        ):
-            for slot in np.flatnonzero(checked & ~np.isin(column, words)).tolist():
-                word = int(column[slot])
-                yield f"slot {slot} is {name} by process {word & 0xFFFF}, which has left"
-        for index in self._processes.dead():
-            yield f"{self._processes.describe(index)} died and was not reaped"
-        for index in np.flatnonzero((columns.row_state & 0xFF) == FREE).tolist():
-            if columns.claims[index].any() or columns.held[:, index].any():
-                yield f"process row {index} is FREE but still claims or holds something"
-        for index, stripe in np.argwhere((columns.claims & 3) == OWN).tolist():
-            owner = columns.row_state[index] & 0xFF
-            if owner == LIVE and not self._processes.is_alive(index):
-                yield f"stripe {stripe} is claimed by process {index}, which died"
+    def audit(self, patience_s: float = 0.0) -> list[str]:
+        """A line for each invariant that does not hold; see audit.py."""
+        return [breach.text for breach in self.auditor.breaches(patience_s)]

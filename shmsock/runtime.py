@@ -33,6 +33,7 @@ from .errors import (
 )
 from .groups import Groups
 from .layout import (
+    HEADER_INDEX,
     KIND_NAMES,
     LIVE,
     ON_OWNER_DEATH,
@@ -44,6 +45,7 @@ from .layout import (
     Layout,
     Status,
 )
+from .mending import Mended, Mender
 from .names import own_name, remove
 from .processes import FIRST_ROW, HOST, REGISTRATION, LockFile, Processes
 from .recovery import Recovery
@@ -69,6 +71,7 @@ log = logging.getLogger("shmsock")
 
 DEFAULT_MAX_UNWRITTEN_BYTES = 64 << 20
 _TICK_S = 1.0
+_POISONED = HEADER_INDEX["poisoned"]
 _LISTENER = KIND_NAMES.index("listener")
 _FREE_FILES = 64  # what a process needs besides its sockets
 
@@ -100,6 +103,7 @@ class Runtime(View):
     def _join(self) -> None:
         """Take a row and build this process's side; again in a forked child."""
         segment = self._segment
+        segment.check()
         with contextlib.ExitStack() as undo:
             # What needs descriptors comes before the row: nobody would give that back at EMFILE.
             self._semaphores = Semaphores(self.name, segment.layout.stripes)
@@ -298,6 +302,11 @@ class Runtime(View):
 
     def _check(self) -> None:
         """Raise if closed; in a forked child, attach first."""
+        self._check_open()
+        self._segment.check()
+
+    def _check_open(self) -> None:
+        """As ``_check``, for what is of use in a poisoned runtime too."""
         if self._closed:
             raise ClosedError(f"this Runtime of {self.name!r} is closed: attach again")
         if self._pid != os.getpid():
@@ -458,7 +467,7 @@ class Runtime(View):
         Concurrency: attached already: one read of shared memory. Else the slot's stripe is taken.
         If killed: what this process held is given back by whoever reaps it.
         """
-        if self._pid != os.getpid() or self._closed:
+        if self._pid != os.getpid() or self._closed or self._segment.header[_POISONED]:
             self._check()
         return typing.cast("SocketRef | None", self._engine.address(sid))
 
@@ -508,6 +517,7 @@ class Runtime(View):
                 is_live=lambda sid: self._engine.status(sid) is Status.LIVE,
                 fetch=self._prefetch,
             )
+            self._groups.check = self._segment.check
         return self._groups
 
     def _prefetch(self, sids: collections.abc.Sequence[int]) -> None:
@@ -517,9 +527,55 @@ class Runtime(View):
     # -- repair ---------------------------------------------------------------------------------
 
     def audit(self) -> list[str]:
-        """Check every invariant of the whole table; a line for each breach, none when clean."""
-        self._check()
+        """Check every invariant of the whole table; a line for each breach, none when clean.
+
+        Concurrency: takes nothing; what looks wrong is looked at again before it is reported.
+        """
+        self._check_open()
         return self._recovery.audit()
+
+    def mend(self) -> Mended:
+        """Repair all there is: reap, retire, recount every stripe, and audit again.
+
+        What stays wrong is beyond repair: the segment is marked poisoned.
+
+        Raises:
+            AlreadyRunningError: Somebody else has been repairing for five seconds.
+            PoisonedError: It is marked already.
+            RuntimeNotFoundError: Its names were taken away: nothing can be retired.
+
+        If killed: what was not done is found again by the next one.
+        """
+        self._check()
+        if not self._is_current():
+            raise RuntimeNotFoundError(f"the names of runtime {self.name!r} were taken away")
+        return Mender(self._segment, self._processes, self._semaphores, self._recovery).mend()
+
+    def poison(self, why: str) -> bool:
+        """Mark the segment as of no use: every operation of every process raises PoisonedError.
+
+        For who finds that it cannot be trusted any more; nothing takes the mark away. The
+        supervisor starts a new one.
+
+        Args:
+            why: What the error will say; at most 255 characters of ASCII.
+
+        Returns:
+            False if it was marked already.
+        """
+        self._check_open()
+        return self._segment.poison(why)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What ``create`` was asked for, to make another of the same sizes."""
+        layout = self._segment.layout
+        return {
+            "slots": layout.slots,
+            "processes": layout.processes,
+            "stripes": layout.stripes,
+            "max_unwritten_bytes": self.max_unwritten_bytes,
+        }
 
     def repair(self) -> dict[str, int]:
         """Reap the dead, retire broken stripes; returns how often each was done by this process."""
@@ -533,7 +589,7 @@ class Runtime(View):
         Not in a runtime whose names were taken away: a retirement would make names that nobody
         removes, or unlink those of the next runtime of this name.
         """
-        if self._is_current():
+        if self._is_current() and not self._segment.header[_POISONED]:
             self._recovery.look(stripe)
 
     def _repair_stripe(self, stripe: int) -> None:
@@ -559,6 +615,9 @@ class Runtime(View):
 
     def _tick(self) -> None:
         """Once a second, in the service loop."""
+        if self._segment.header[_POISONED]:
+            self._end_poisoned()
+            return
         self._service.call_later(_TICK_S, self._tick)
         self._segment.cells.row_heartbeat_ns[self.index] = time.monotonic_ns()
         if not self._engine.closed and not self._lock_file.reassert():
@@ -574,6 +633,18 @@ class Runtime(View):
             self._renew_semaphores,
         ):
             self._service.call_soon(step)
+
+    def _end_poisoned(self) -> None:
+        """The segment is of no use any more: say so once, and let the dispatcher return."""
+        log.critical(
+            "runtime %r: process %d ends its part: the segment is poisoned: %s",
+            self.name,
+            self.index,
+            self._segment.poisoned_why(),
+        )
+        self._engine.closed = True
+        if self._dispatcher is not None:
+            self._dispatcher.stop()
 
     def _claim_unknown(self) -> None:
         if self._dispatcher is not None and self._dispatcher._arrived is not None:
@@ -610,9 +681,13 @@ class Runtime(View):
         if self._closed or self._pid != os.getpid():
             return
         self._closed = True
+        poisoned = bool(self._segment.header[_POISONED])
         if self._dispatcher is not None:
             self._dispatcher.close()
-        self._fail_owned()
+        if not poisoned:
+            self._fail_owned()
+        elif self._store is not None:
+            self._store.end_connections()
         self._service.close()
         self._writers.close()
         if self._groups is not None:
@@ -642,7 +717,8 @@ class Runtime(View):
         with self._engine.lock:
             self._engine.closed = True
         with self._recovery.arbitrated(timeout_s=0.2) as arbiter:
-            if arbiter and self._is_current():
+            # Who is reaped is recounted, and a poisoned table makes no sense to recount.
+            if arbiter and self._is_current() and not self._segment.header[_POISONED]:
                 with contextlib.suppress(OSError):
                     self._recovery.reap(self.index)
         self._lock_file.drop(FIRST_ROW + self.index)

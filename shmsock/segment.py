@@ -30,7 +30,7 @@ import typing
 import numpy as np
 import posix_ipc
 
-from .errors import FormatError, InTransitionError, RuntimeNotFoundError
+from .errors import FormatError, InTransitionError, PoisonedError, RuntimeNotFoundError
 from .layout import (
     ADDRESS_BYTES,
     ADDRESS_OFFSET,
@@ -40,6 +40,8 @@ from .layout import (
     MAGIC,
     OPEN,
     PAGE_BYTES,
+    REASON_BYTES,
+    REASON_OFFSET,
     Layout,
 )
 
@@ -50,6 +52,7 @@ SHM_DIRECTORY = "/dev/shm"
 FIRST_GENERATION = 1
 SPARE_GENERATIONS = 2
 
+_POISONED = HEADER_INDEX["poisoned"]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
@@ -157,12 +160,13 @@ class Cells:
 class Segment:
     """One mapping: header, columns and cells."""
 
-    def __init__(self, name: str, fd: int, layout: Layout) -> None:
+    def __init__(self, name: str, fd: int, layout: Layout, *, writable: bool = True) -> None:
         """Map an open segment; ``create`` and ``attach`` call this."""
         self.name = name
         self.layout = layout
         columns, self.total_bytes = layout.columns()
-        self.map = mmap.mmap(fd, self.total_bytes)
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        self.map = mmap.mmap(fd, self.total_bytes, prot=protection)
         # Two mappings of one name may follow each other: the inode tells which this is.
         self.inode = os.fstat(fd).st_ino
         self.header: Words = memoryview(self.map)[: 8 * len(HEADER_WORDS)].cast("Q")
@@ -212,6 +216,42 @@ class Segment:
         self.map[ADDRESS_OFFSET : ADDRESS_OFFSET + len(raw)] = raw
         self.set("address_length", len(raw))
 
+    # -- poisoned -------------------------------------------------------------------------------
+
+    def poison(self, why: str) -> bool:
+        """Mark the segment: nobody may rely on it any more.
+
+        Returns:
+            False if it was marked already; the first reason stays.
+
+        ORDER: the text first: who finds the mark finds the reason.
+        If killed: it is marked or it is not; a text without a mark means nothing.
+        """
+        if self.get("poisoned"):
+            return False
+        raw = why.encode("ascii", "replace")[: REASON_BYTES - 1]
+        self.map[REASON_OFFSET : REASON_OFFSET + REASON_BYTES] = raw.ljust(REASON_BYTES, b"\0")
+        self.set("poisoned", 1)
+        return True
+
+    def poisoned_why(self) -> str:
+        """The reason that ``poison`` was given."""
+        raw = bytes(self.map[REASON_OFFSET : REASON_OFFSET + REASON_BYTES])
+        return raw.partition(b"\0")[0].decode("ascii", "replace") or "no reason was given"
+
+    def check(self) -> None:
+        """Raise PoisonedError if the segment is marked; does nothing once it is unmapped."""
+        try:
+            poisoned = self.header[_POISONED]
+        except ValueError:  # closed
+            return
+        if poisoned:
+            raise PoisonedError(
+                f"runtime {self.name!r} failed its audit beyond repair ({self.poisoned_why()}): "
+                "its supervisor starts a new one, so attach again; without a supervisor restart "
+                f"`shmsock serve --name {self.name}`"
+            )
+
     @classmethod
     def create(cls, name: str, layout: Layout, max_unwritten_bytes: int) -> Segment:
         """Make the segment and its semaphores.
@@ -257,8 +297,8 @@ class Segment:
         return segment
 
     @classmethod
-    def attach(cls, name: str) -> Segment:
-        """Map an existing segment.
+    def attach(cls, name: str, *, writable: bool = True) -> Segment:
+        """Map an existing segment, poisoned or not; not ``writable`` is to look only.
 
         Raises:
             RuntimeNotFoundError: There is none, or its creator has not finished (or died).
@@ -266,7 +306,7 @@ class Segment:
             PermissionError: It belongs to another user.
         """
         try:
-            shm = posix_ipc.SharedMemory(f"/shmsock.{name}")
+            shm = posix_ipc.SharedMemory(f"/shmsock.{name}", read_only=not writable)
         except posix_ipc.ExistentialError:
             raise RuntimeNotFoundError(
                 f"no runtime named {name!r} here: start one with `shmsock serve --name {name}` "
@@ -277,7 +317,7 @@ class Segment:
                 errno.EACCES, "the runtime belongs to another user", f"/shmsock.{name}"
             ) from None
         try:
-            return cls(name, shm.fd, _read_header(name, shm.fd))
+            return cls(name, shm.fd, _read_header(name, shm.fd), writable=writable)
         finally:
             shm.close_fd()
 
@@ -411,6 +451,31 @@ class Semaphores:
             self._handles[stripe][generation] = handle
         return handle
 
+    @staticmethod
+    def value(name: str, stripe: int, generation: int) -> int | None:
+        """What a semaphore's value is now, by its name; None if it has none.
+
+        WHY NOT a cached handle: the timer may close it meanwhile, and a look must not keep any.
+        """
+        try:
+            semaphore = posix_ipc.Semaphore(f"/shmsock.{name}.{stripe}.{generation}")
+        except posix_ipc.ExistentialError:
+            return None
+        try:
+            return int(semaphore.value)
+        finally:
+            semaphore.close()
+
+    def empty(self, stripe: int, generation: int) -> None:
+        """Take every token out of a spare semaphore; the arbiter is held, so nobody waits for one.
+
+        WHY NOT a new one of its name: who has the old one open would not exclude who opens it anew.
+        """
+        semaphore = self.get(stripe, generation)
+        while semaphore is not None and semaphore.value:
+            with contextlib.suppress(posix_ipc.BusyError):
+                semaphore.acquire(0)
+
     def unlink(self, stripe: int, generation: int) -> None:
         """Take the name away; those who have the semaphore open keep it."""
         with contextlib.suppress(posix_ipc.ExistentialError):
@@ -454,3 +519,16 @@ def unlink_names(name: str) -> None:
                 posix_ipc.unlink_semaphore("/" + entry.removeprefix("sem."))
     with contextlib.suppress(posix_ipc.ExistentialError):
         posix_ipc.unlink_shared_memory(f"/shmsock.{name}")
+
+
+def is_poisoned(name: str) -> bool | None:
+    """Whether the segment of a name is marked poisoned; None when there is none."""
+    try:
+        segment = Segment.attach(name, writable=False)
+    except (RuntimeNotFoundError, InTransitionError):
+        return None
+    except (FormatError, PermissionError):
+        return False
+    poisoned = bool(segment.get("poisoned"))
+    segment.close()
+    return poisoned

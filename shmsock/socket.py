@@ -175,6 +175,7 @@ class SocketIO:
             ClosedError: The reference or the runtime was closed, or was inherited by a fork.
         """
         if reference.closed or self.engine.closed:
+            self.segment.check()
             raise ClosedError("the reference is closed, or was inherited: address the socket again")
         try:
             return self.descriptors.get(reference.id)
@@ -182,8 +183,9 @@ class SocketIO:
             raise SocketFailedError(*self.error_of(reference.id)) from None
 
     def open_segment(self) -> Segment:
-        """The segment; ClosedError after the runtime was closed, or in a forked child."""
+        """The segment; ClosedError once the runtime is closed, or in a fork; PoisonedError."""
         if self.engine.closed:
+            self.segment.check()
             raise ClosedError("this reference's runtime is closed here: attach and address again")
         return self.segment
 

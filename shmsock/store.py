@@ -176,6 +176,16 @@ class Store:
             and cells.state[slot] == LIVE
         )
 
+    def end_connections(self) -> None:
+        """Shut down every connection for everybody, listeners excepted; for a poisoned segment.
+
+        What is a listener the kernel says: the table is not to be believed any more.
+        """
+        for sock in list(self._sockets.values()):
+            with contextlib.suppress(OSError):
+                if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                    shut_down(sock)
+
     def close(self) -> None:
         """Hang up on everybody and close what is kept, without shutting it down."""
         self._service.unwatch(self._listener.fileno())

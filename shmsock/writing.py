@@ -186,6 +186,7 @@ class Writers:
             self._fail(sid, errno.EPIPE, "a writer was interrupted in mid-message")
 
     def _check(self, reference: Reference) -> None:
+        self._engine.segment.check()
         if reference.closed or self._engine.closed:
             raise ClosedError("the reference is closed, or was inherited: address the socket again")
 

@@ -26,6 +26,8 @@ PUBLIC = [
     "Dispatcher",
     "FormatError",
     "HostLostError",
+    "Inspector",
+    "Mended",
     "OverCrowdedError",
     "PoisonedError",
     "ProcessInfo",
@@ -48,13 +50,14 @@ PUBLIC = [
 METHODS = {
     "Runtime": {
         "create", "attach", "create_socket", "address", "address_failed_as_well", "set_failed",
-        "status", "sockets", "attached", "processes", "audit", "repair", "close", "unlink",
-        "groups",
+        "status", "sockets", "attached", "processes", "audit", "repair", "mend", "poison", "close",
+        "unlink", "groups",
     },
     "SocketRef": {
         "fileno", "peer", "failed", "error", "user_data", "write", "flush", "wait_writable",
         "recv", "add_reference", "set_failed", "release_additional_reference", "close",
     },
+    "Inspector": {"sockets", "processes", "audit", "mend", "poisoned", "close"},
     "Dispatcher": {"add_consumer", "remove_consumer", "run", "stop", "fileno"},
 }  # fmt: skip
 

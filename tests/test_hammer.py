@@ -110,7 +110,7 @@ def test_who_looks_at_a_table_that_others_change_never_stumbles(runtime: Runtime
             assert runtime.orphans() == []
             runtime.sockets()
             runtime.owned_counts()
-            list(runtime._recovery._audit_once())
+            list(runtime._recovery.auditor.look())
     assert_books_balance(runtime)
 
 

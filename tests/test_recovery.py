@@ -816,7 +816,7 @@ PLANTS: dict[str, tuple[collections.abc.Callable[[Member], None], str]] = {
         r"slot 0 is held by nobody",
     ),
     "recycling": (_set("state", 0, RECYCLING), r"slot 0 is in the middle of recycling"),
-    "unknown-state": (_set("state", 0, 9), r"slot 0 is in the middle of recycling"),
+    "unknown-state": (_set("state", 0, 9), r"slot 0 has state 9, which cannot be"),
     "owner-gone": (_set("owner", 0, 5 << 16 | 3), r"slot 0 is owned by process 3, which has left"),
     "owner-of-another-epoch": (_set("owner", 0, 9 << 16), r"slot 0 is owned by process 0"),
     "writer-gone": (_set("writer", 0, 5 << 16 | 2), r"slot 0 is written by process 2"),

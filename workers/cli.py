@@ -81,6 +81,13 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = _command(commands, name, run, text)
         command.add_argument("--json", action="store_true", help="print JSON")
+        if name == "doctor":
+            command.add_argument(
+                "--repair",
+                action="store_true",
+                help="reap the dead, give every stripe a new semaphore, recount, and check again; "
+                "what stays wrong poisons the runtime, and its supervisor starts a new one",
+            )
     kick = _command(commands, "kick", _kick, "end a connection, whichever worker owns it")
     kick.add_argument("id", type=_socket_id, help="a number, or sk-... text")
     kick.add_argument("--reason", default="kicked", help="what its error text will say")
@@ -317,17 +324,29 @@ def _ps(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
+    """Look without taking part, so also at what is dead or poisoned."""
     from . import doctor
 
-    with _attach(options.name) as runtime:
-        findings = doctor.examine(runtime)
+    done: list[str] = []
+    with shmsock.Inspector(options.name) as inspector:
+        if options.repair and not inspector.poisoned:
+            done = doctor.repair(inspector)
+        findings = doctor.examine(inspector)
+        alive = any(row.alive for row in inspector.processes())
     broken = [finding for finding in findings if not finding["ok"]]
     if options.json:
-        print(json.dumps({"ok": not broken, "checks": findings}))
+        report = {"ok": not broken, "checks": findings}
+        print(json.dumps({**report, "repairs": done} if options.repair else report))
     else:
+        for line in done:
+            print(f"repair  {line}")
         for finding in findings:
             mark = "ok    " if finding["ok"] else "BROKEN"
             print(f"{mark}  {finding['check']}: {finding['detail']}")
+    if options.repair and not alive:  # nobody serves: that is no reason to call the repair failed
+        broken = [finding for finding in broken if finding["check"] != "host"]
+    if not alive and not options.repair:
+        return NOT_RUNNING
     return FAILED if broken else OK
 
 
@@ -382,11 +401,11 @@ def _kill_participants(name: str) -> None:
     import select
 
     try:
-        runtime = Runtime.attach(name)
+        inspector = shmsock.Inspector(name)
     except ShmsockError:
         return
-    with runtime:
-        pids = [row.pid for row in runtime.processes() if row.alive and row.index != runtime.index]
+    with inspector:  # a poisoned one cannot be attached
+        pids = [row.pid for row in inspector.processes() if row.alive]
     poller, waiting = select.poll(), {}
     for pid in pids:
         try:

@@ -27,6 +27,7 @@ import numpy as np
 
 from shmsock import Dispatcher, HostLostError, Runtime, ShmsockError, TableFullError
 
+from . import starting_over
 from .listeners import Listener
 from .worker import Settings
 
@@ -127,6 +128,7 @@ class Supervisor:
             signal.signal(number, lambda number, _: early.append(number))
         self.took_over = False
         self._listening: list[int] = []  # the listeners' SocketIds
+        starting_over.wait_for_poisoned(config.name)
         try:
             self.runtime = Runtime.create(
                 config.name, slots=config.slots, max_unwritten_bytes=config.max_unwritten_bytes
@@ -177,7 +179,8 @@ class Supervisor:
             else:
                 self._fill_up()
             self._rehome_again()
-            self.dispatcher.run()
+            starting_over.audit_again(self)
+            starting_over.dispatch(self)
         finally:
             for child in self.children:
                 child.send_signal(signal.SIGKILL)
@@ -188,8 +191,11 @@ class Supervisor:
     def _bind(self) -> None:
         """Listen; each listener is a Socket too, which outlives us in the workers' hands."""
         for address in self.config.bind:
-            listener = Listener(address, self.config.backlog)
-            self.listeners.append(listener)
+            self.listeners.append(Listener(address, self.config.backlog))
+        self._register_listeners()
+
+    def _register_listeners(self) -> None:
+        for listener in self.listeners:
             copy = listener.sock.dup()
             try:
                 sid = self.runtime.create_socket(copy, on_owner_death="rehome")

@@ -15,7 +15,7 @@ import signal
 import sys
 import typing
 
-from shmsock import Dispatcher, Runtime
+from shmsock import Dispatcher, PoisonedError, Runtime
 
 from .http import HttpProtocol
 from .hub import Hub
@@ -69,12 +69,18 @@ class Worker:
             return "this worker is draining"
         return None if self.runtime.host_alive() else "the supervisor is gone"
 
-    def run(self) -> None:
-        """Serve until drained."""
+    def run(self) -> int:
+        """Serve until drained; returns the exit code: 1 when the runtime is poisoned."""
         signal.signal(signal.SIGTERM, lambda *_: self.dispatcher.call_soon(self.drain))
-        self.dispatcher.run()
+        code = 0
+        try:
+            self.dispatcher.run()
+        except PoisonedError as error:
+            log.critical("process %d ends: %s", self.runtime.index, error)
+            code = 1
         self.dispatcher.close()
         self.runtime.close()
+        return code
 
     def drain(self) -> None:
         """Close connections as they fall idle, then stop."""
@@ -102,8 +108,11 @@ def main() -> int:
         level=settings["log_level"],
         format="%(asctime)s %(levelname)s worker[%(process)d] %(name)s: %(message)s",
     )
-    Worker(name, settings).run()
-    return 0
+    try:
+        return Worker(name, settings).run()
+    except PoisonedError as error:  # before there was a loop
+        log.critical("cannot take part: %s", error)
+        return 1
 
 
 if __name__ == "__main__":
