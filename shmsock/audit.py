@@ -255,17 +255,17 @@ class Audit:
                 lambda i: "has a kind, policy, retired or busy that cannot be",
             ),
             (
-                _any(held) & (held.max(axis=1) > 1),
+                _too_high(held),
                 Cure.MENDABLE,
                 lambda i: "is held by something that is neither 0 nor 1",
             ),
             (
-                live & even & ~idle & ~np.isin(owners, words),
+                live & even & ~idle & ~_known(owners, live, words),
                 lost,
                 lambda i: left(int(owners[i]), "owned"),
             ),
             (
-                live & even & ~np.isin(writers, words),
+                live & even & ~_known(writers, live, words),
                 lost,
                 lambda i: left(int(writers[i]), "written"),
             ),
@@ -375,6 +375,21 @@ class Audit:
                 stripe, generation = int(match[1]), int(match[2])
                 newest[stripe] = max(newest.get(stripe, 0), generation)
         return newest
+
+
+def _known(words: Array, live: Array, known: Array) -> Array:
+    """Which of the live slots' words are among the known ones."""
+    found = np.zeros(len(words), "?")
+    found[live] = np.isin(words[live], known)
+    return found
+
+
+def _too_high(held: Array) -> Array:
+    """Which rows of ``held`` have something else than 0 and 1."""
+    found = np.zeros(len(held), "?")
+    some = np.flatnonzero(_any(held))
+    found[some] = (held[some] > 1).any(axis=1)
+    return found
 
 
 def _any(held: Array) -> Array:

@@ -79,6 +79,15 @@ _runtimes: weakref.WeakSet[Runtime] = weakref.WeakSet()
 _current: Runtime | None = None
 
 
+class Sizes(typing.TypedDict):
+    """What ``Runtime.create`` takes besides the name and role."""
+
+    slots: int
+    processes: int
+    stripes: int
+    max_unwritten_bytes: int
+
+
 class Runtime(View):
     """A participant: made by ``create`` (the host) or ``attach``; closes with ``with``.
 
@@ -551,6 +560,10 @@ class Runtime(View):
             raise RuntimeNotFoundError(f"the names of runtime {self.name!r} were taken away")
         return Mender(self._segment, self._processes, self._semaphores, self._recovery).mend()
 
+    def check(self) -> None:
+        """Raise if this process can do nothing here: ClosedError, PoisonedError."""
+        self._check()
+
     def poison(self, why: str) -> bool:
         """Mark the segment as of no use: every operation of every process raises PoisonedError.
 
@@ -567,7 +580,7 @@ class Runtime(View):
         return self._segment.poison(why)
 
     @property
-    def sizes(self) -> dict[str, int]:
+    def sizes(self) -> Sizes:
         """What ``create`` was asked for, to make another of the same sizes."""
         layout = self._segment.layout
         return {

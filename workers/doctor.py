@@ -83,8 +83,8 @@ def _lingering(inspector: Inspector) -> list[Finding]:
     for sid, holders in failed.items():
         who = ", ".join(_describe(rows[index]) for index in holders if index in rows)
         detail = (
-            f"slot {sid & 0xFFFFFFFF} ({format_socket_id(sid)}) failed at least {LINGERING_S:.0f} s "
-            f"ago and is still held by {who or 'nobody'}"
+            f"slot {sid & 0xFFFFFFFF} ({format_socket_id(sid)}) failed {LINGERING_S:.0f} s ago or "
+            f"more and is still held by {who or 'nobody'}"
         )
         findings.append(Finding(check="failed sockets", ok=False, detail=detail))
     return findings

@@ -12,6 +12,7 @@ backlog and is served by the new workers.
 
 from __future__ import annotations
 
+import functools
 import logging
 import select
 import signal
@@ -26,12 +27,15 @@ if typing.TYPE_CHECKING:
 
 log = logging.getLogger("shmsock")
 
-AUDIT_EVERY_S = 30.0
+AUDIT_EVERY_S = 30.0  # one look costs tens of milliseconds at 65 536 slots
+LOOK_AGAIN_S = 3.0
 WAIT_FOR_WORKERS_S = 10.0
+STOP_SIGNALS = signal.SIGTERM, signal.SIGINT
 
 
 def dispatch(supervisor: Supervisor) -> None:
     """Run the dispatcher until it is stopped, over as many segments as it takes."""
+    audit_later(supervisor)
     while True:
         try:
             supervisor.dispatcher.run()
@@ -40,17 +44,34 @@ def dispatch(supervisor: Supervisor) -> None:
             log.critical("%s", error)
             if supervisor._draining:
                 return
+        try:
             start_over(supervisor)
+        except (OSError, ShmsockError) as error:
+            log.critical("cannot start over: %s", error)
+            supervisor.exit_code = 1
+            return
 
 
-def audit_again(supervisor: Supervisor) -> None:
-    """Look at the whole table now and then; repair it, or poison it, when something is wrong."""
+def audit_later(supervisor: Supervisor) -> None:
+    """Audit once the time has come."""
     supervisor.dispatcher.call_later(AUDIT_EVERY_S, lambda: audit_again(supervisor))
+
+
+def audit_again(supervisor: Supervisor, before: frozenset[str] = frozenset()) -> None:
+    """Look at the whole table now and then; mend, or poison, what is found twice.
+
+    In between, somebody's timer has reaped the dead and retired what was broken.
+    """
     runtime = supervisor.runtime
-    found = runtime.audit()
+    found = frozenset(runtime.audit())
+    if found and not found & before:
+        again = functools.partial(audit_again, supervisor, found)
+        supervisor.dispatcher.call_later(LOOK_AGAIN_S, again)
+        return
+    audit_later(supervisor)
     if not found:
         return
-    for line in found:
+    for line in sorted(found & before):
         log.error("audit: %s", line)
     try:
         mended = runtime.mend()
@@ -60,12 +81,12 @@ def audit_again(supervisor: Supervisor) -> None:
         log.error("audit: repaired later: %s", error)
         return
     log.error(
-        "audit: %d breaches; %d are left after %d processes were reaped and %d stripes retired",
-        len(found),
+        "audit: %d breaches are left after %d processes were reaped and %d stripes retired",
         len(mended.left),
         mended.reaped,
         mended.retired,
     )
+    runtime.check()
 
 
 def start_over(supervisor: Supervisor) -> None:
@@ -79,12 +100,19 @@ def start_over(supervisor: Supervisor) -> None:
         sock.close()
     supervisor._refused.clear()
     supervisor._accepting = False
-    # ORDER: the names go while the host's byte is ours: without it another server might have made
-    # its own by now.
-    old.unlink()
-    old.close()  # ends every connection, listeners excepted
-    supervisor.runtime = Runtime.create(name, **sizes)
-    supervisor.dispatcher = Dispatcher(supervisor.runtime)
+    # A signal is for the new dispatcher: the old one would never act on it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        # ORDER: the names go while the host's byte is ours: without it another server might have
+        # made its own by now.
+        old.unlink()
+        supervisor.names_are_ours = False
+        old.close()  # ends every connection, listeners excepted
+        supervisor.runtime = Runtime.create(name, **sizes)
+        supervisor.names_are_ours = True
+        supervisor.dispatcher = Dispatcher(supervisor.runtime)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     supervisor.runtime.on_join(supervisor._joined)
     supervisor._listening.clear()
     supervisor._register_listeners()
@@ -92,7 +120,7 @@ def start_over(supervisor: Supervisor) -> None:
     supervisor._failures = 0
     supervisor._fill_up()
     supervisor._rehome_again()
-    audit_again(supervisor)
+    audit_later(supervisor)
     log.critical("runtime %r starts over on a new segment", name)
 
 

@@ -44,7 +44,6 @@ HEALTHY_AFTER_S = 5.0  # a worker that lived this long starts its back-off anew
 COLLECT_FOR_S = 3.0  # how long a new supervisor waits for the workers to come back
 COLLECT_EVERY_S = 0.02
 GIVE_UP_AFTER = 5  # deaths in a row before anything was ready
-STOP_SIGNALS = signal.SIGTERM, signal.SIGINT
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -124,9 +123,10 @@ class Supervisor:
         self.listeners: list[Listener] = []
         self._refused: set[socket.socket] = set()
         early: list[int] = []
-        for number in STOP_SIGNALS:
+        for number in starting_over.STOP_SIGNALS:
             signal.signal(number, lambda number, _: early.append(number))
         self.took_over = False
+        self.names_are_ours = True  # not between an old segment and a new one
         self._listening: list[int] = []  # the listeners' SocketIds
         starting_over.wait_for_poisoned(config.name)
         try:
@@ -143,7 +143,7 @@ class Supervisor:
             self._tear_down()
             raise
         self.dispatcher = Dispatcher(self.runtime)
-        for number in STOP_SIGNALS:
+        for number in starting_over.STOP_SIGNALS:
             signal.signal(number, lambda *_: self.dispatcher.call_soon(self._stop_asked))
         if early:
             self.dispatcher.call_soon(self._stop_asked)
@@ -179,7 +179,6 @@ class Supervisor:
             else:
                 self._fill_up()
             self._rehome_again()
-            starting_over.audit_again(self)
             starting_over.dispatch(self)
         finally:
             for child in self.children:
@@ -275,7 +274,8 @@ class Supervisor:
         for sock in self._refused:
             sock.close()
         self.runtime.close()
-        self.runtime.unlink()
+        if self.names_are_ours:
+            self.runtime.unlink()
 
     def _stop_asked(self) -> None:
         if self._draining:
