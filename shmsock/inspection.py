@@ -88,7 +88,8 @@ class Inspector(View):
                 semaphores.close()
                 segment.close()
         finally:
-            self._lock_file.unshare()
+            self._lock_file.unshare()  # the last one in this process closes it
+            self._processes.lock_file = self._lock_file = LockFile.open(self.name, create=False)
 
     def close(self) -> None:
         """Unmap."""

@@ -112,12 +112,19 @@ class Recovery:
         return True
 
     def _needs_retirement(self, stripe: int) -> bool:
+        if self._is_nonsense(self._cells.ctl[stripe]):
+            return False
         if self._cells.ctl[stripe] & 3 != OPEN:
             # A blocker named less than a second ago is only looked at again.
             return time.monotonic() - self._blocked.get(stripe, -1e9) >= DRAIN_TIMEOUT_S or bool(
                 not self._live_owners(stripe, self._cells.ctl[stripe] >> 2)
             )
         return bool(((self._columns.claims[:, stripe] & 3) == BROKEN).any())
+
+    @staticmethod
+    def _is_nonsense(control: int) -> bool:
+        """No stripe ever has this word: whatever followed from it would let two processes in."""
+        return control & 3 > OPENING or not control >> 2
 
     def arbitrated(self, timeout_s: float) -> contextlib.AbstractContextManager[bool]:
         """Hold the arbiter; yields whether it was had in time."""
@@ -134,6 +141,9 @@ class Recovery:
         """
         control = self._cells.ctl[stripe]
         generation, phase = control >> 2, control & 3
+        if self._is_nonsense(control):  # for the audit to find: the segment will be poisoned
+            log.error("stripe %d has the word %#x, which cannot be", stripe, control)
+            return False
         if phase != CLOSED:
             generation += 1
             self._spare(stripe, generation)  # 1
