@@ -21,6 +21,8 @@ import select
 import threading
 import time
 
+from .errors import PoisonedError
+
 log = logging.getLogger("shmsock")
 
 Handler = collections.abc.Callable[[int], None]
@@ -218,5 +220,7 @@ class Service:
 def _call(call: collections.abc.Callable[..., object], *arguments: int) -> None:
     try:
         call(*arguments)
+    except PoisonedError:  # the runtime's own timer says so, once, and ends the dispatcher
+        pass
     except Exception:
         log.exception("a service call failed; the loop goes on")
