@@ -25,7 +25,14 @@ import time
 
 import numpy as np
 
-from shmsock import Dispatcher, HostLostError, Runtime, ShmsockError, TableFullError
+from shmsock import (
+    Dispatcher,
+    HostLostError,
+    PoisonedError,
+    Runtime,
+    ShmsockError,
+    TableFullError,
+)
 
 from . import starting_over
 from .listeners import Listener
@@ -377,6 +384,8 @@ class Supervisor:
         self._counted_s = 0.0
         try:
             self.runtime.repair()
+        except PoisonedError:
+            raise  # starts over, this worker included
         except (OSError, ShmsockError):
             log.exception("what a worker held is given back later")
         if self._draining:
