@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import time
 
 from .errors import AlreadyRunningError, HostLostError, RuntimeNotFoundError
 from .processes import ATTACHED, HOST, REGISTRATION, LockFile
@@ -20,6 +21,8 @@ from .segment import (
     run_directory,
     unlink_names,
 )
+
+_REMOVING_S = 0.5  # far more than taking all names away takes
 
 
 def own_name(name: str) -> LockFile:
@@ -44,7 +47,9 @@ def own_name(name: str) -> LockFile:
             if pid != 0 and is_poisoned(name) is not False:
                 # Poisoned, or its host was killed while it removed the names: whoever still takes
                 # part keeps what it has, lock file included, and can only leave.
-                remove(name)
+                time.sleep(_REMOVING_S)  # or its host lives, and is at it: then it ends that first
+                if lock_file.is_current():
+                    remove(name)
                 continue
             if pid != 0:
                 raise HostLostError(

@@ -173,6 +173,7 @@ sys.exit(cli.main())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("where", "number"), KILL_POINTS)
 def test_supervisor_killed_while_it_starts_over_is_followed_by_the_next_serve(
     where: str, number: int
