@@ -39,7 +39,7 @@ from .layout import (
     SLOT_MASK,
     VERSION_LIMIT,
 )
-from .processes import FIRST_ROW, Processes
+from .processes import Processes
 from .segment import SHM_DIRECTORY, SPARE_GENERATIONS, Segment, Semaphores, run_directory
 
 Array = np.ndarray[typing.Any, typing.Any]
@@ -148,9 +148,6 @@ class Audit:
                 if claims[index] or held[index]:
                     text = f"process row {index} is FREE but still claims or holds something"
                     yield Breach(text, Cure.MENDABLE)
-                if processes.lock_file.holder(FIRST_ROW + index):
-                    text = f"process row {index} is FREE but its process lives"
-                    yield Breach(text, Cure.WAITS)
             elif not processes.is_alive(index):
                 text = f"{processes.describe(index)} died and was not reaped"
                 yield Breach(text, Cure.WAITS)
