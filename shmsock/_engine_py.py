@@ -554,19 +554,20 @@ class Engine(Stripes):
                 self._dropped.remove(item)
 
     def _give_back(self, sid: int, serial: int) -> bool:
-        """Dereference if neither the local lock nor the stripe must be waited for.
+        """Dereference if neither a lock that is ours already nor the stripe must be waited for.
 
-        The lock is not reentrant, so having it at once means that nobody of us is inside.
+        The lock is not reentrant: if we have it we are inside, in a finaliser or signal handler,
+        and it stays locked. If another thread has it, that is for a moment: nobody sleeps with it.
         """
-        if not self.lock.acquire(blocking=False):
+        # WHY NOT acquire(blocking=False): an exception that comes between having the lock and the
+        # next line would leave it held for ever. ``with`` leaves no such gap.
+        if self.lock.locked():
             return False
-        try:
+        with self.lock:
             slot = sid & SLOT_MASK
             result = self._detach_one(slot, serial)
             if not result:
                 result = self._attempt(slot // self._block, self._detach, slot, serial)
-        finally:
-            self.lock.release()
         if result == CONTENDED:
             return False
         self._after_detach(sid, result)

@@ -67,6 +67,16 @@ def barrier() -> None:
     _membarrier(_GLOBAL_EXPEDITED)
 
 
+class _User:
+    """A call of ``LockFile.exclusive``, which excludes our other threads as long as it exists.
+
+    WHY NOT a lock: an exception between having it and saying so would leave it held for ever, and
+    this process unable to repair. This goes with the frame of the call, however that ends.
+    """
+
+    __slots__ = ("__weakref__",)
+
+
 class LockFile:
     """The lock file of one runtime, open once in this process."""
 
@@ -82,7 +92,7 @@ class LockFile:
         self._held: set[int] = set()
         self._sharers = 0
         self._mutex = threading.Lock()
-        self._exclusive = {byte: threading.Lock() for byte in (ARBITER, REGISTRATION)}
+        self._users: dict[int, weakref.ref[_User]] = {}
 
     @classmethod
     def open(cls, name: str, *, create: bool) -> LockFile:
@@ -138,10 +148,13 @@ class LockFile:
     def try_hold(self, byte: int) -> bool:
         """Write-lock a byte if nobody has it, another thread of ours included."""
         with self._mutex:
-            if byte in self._held or not self._set(byte, fcntl.F_WRLCK):
-                return False
-            self._held.add(byte)
-            return True
+            return byte not in self._held and self._hold(byte)
+
+    def _hold(self, byte: int) -> bool:
+        if not self._set(byte, fcntl.F_WRLCK):
+            return False
+        self._held.add(byte)
+        return True
 
     def share(self) -> bool:
         """Read-lock the participants' byte, once more; false while a janitor is at work."""
@@ -168,9 +181,12 @@ class LockFile:
     def drop(self, byte: int) -> None:
         """Let a byte go."""
         with self._mutex:
-            self._held.discard(byte)
-            if self._is_ours():
-                self._set(byte, fcntl.F_UNLCK)
+            self._let_go(byte)
+
+    def _let_go(self, byte: int) -> None:
+        self._held.discard(byte)
+        if self._is_ours():
+            self._set(byte, fcntl.F_UNLCK)
 
     def holder(self, byte: int, kind: int = fcntl.F_WRLCK) -> int:
         """The pid of who keeps us from locking a byte; our own if we do; 0 when it is free.
@@ -206,20 +222,27 @@ class LockFile:
         Waits by trying again, 1 ms apart: a blocking F_SETLKW cannot be bounded.
         """
         deadline = time.monotonic() + timeout_s
-        mutex = self._exclusive[byte]
-        got = mutex.acquire(timeout=timeout_s) if timeout_s > 0 else mutex.acquire(blocking=False)
-        if not got:
-            yield False
-            return
+        mine = _User()
         try:
-            while not (got := self.try_hold(byte)) and time.monotonic() < deadline:
+            while not (got := self._enter(byte, mine)) and time.monotonic() < deadline:
                 time.sleep(0.001)
             yield got
         finally:
-            # Also after an exception between having it and saying so: the mutex makes us the only
-            # thread that may have this byte, and letting go of one that we do not have is nothing.
-            self.drop(byte)
-            mutex.release()
+            self._leave(byte, mine)
+
+    def _enter(self, byte: int, mine: _User) -> bool:
+        """Be the user of a byte, and hold it: also where an interrupted ``_leave`` kept it."""
+        with self._mutex:
+            user = self._users.get(byte)
+            if user is None or user() is None:
+                self._users[byte] = weakref.ref(mine)
+            return self._users[byte]() is mine and self._hold(byte)
+
+    def _leave(self, byte: int, mine: _User) -> None:
+        with self._mutex:
+            if byte in self._users and self._users[byte]() is mine:
+                self._let_go(byte)
+                del self._users[byte]
 
     def forget_in_child(self) -> None:
         """In a forked child: close the inherited descriptor; it holds no lock of ours."""

@@ -307,14 +307,14 @@ def test_arbiter_excludes_threads_of_one_process(table: Member) -> None:
 def test_exception_while_waiting_for_a_byte_does_not_keep_it(
     table: Member, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hold = LockFile.try_hold
+    hold = LockFile._hold
 
     def hold_then_be_interrupted(self: LockFile, byte: int) -> bool:
         hold(self, byte)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(LockFile, "try_hold", hold_then_be_interrupted)
+        patch.setattr(LockFile, "_hold", hold_then_be_interrupted)
         with pytest.raises(KeyboardInterrupt), table.recovery.arbitrated(0):
             pass
     assert holder_seen_from_outside(table.name, ARBITER) == 0
