@@ -26,7 +26,8 @@ import shmsock.recovery
 import shmsock.segment
 
 from . import memory
-from .world import Action, Bounds, Thread, World
+from .participants import Bounds, Thread
+from .world import Action, World
 
 if typing.TYPE_CHECKING:
     from .scenarios import Scenario

@@ -247,7 +247,7 @@ class FakePosixIpc:
     def __init__(self, world: World) -> None:
         self._world = world
 
-    def Semaphore(self, path: str, flags: int = 0, mode: int = 0, value: int = 0) -> Semaphore:  # noqa: N802
+    def Semaphore(self, path: str, flags: int = 0, mode: int = 0, value: int = 0) -> Semaphore:
         world = self._world
         place = place_of(path)
         world.enter_kernel(f"{'make' if flags else 'open'} semaphore {place}")
@@ -299,6 +299,13 @@ class Lock:
         self.owner: typing.Any = None
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        """Called as a method: an exception may come between having it and saying so."""
+        taken = self._take(blocking, timeout)
+        if taken and self.world.raises and not self.world.direct:
+            self.world.step("has local lock", True)
+        return taken
+
+    def _take(self, blocking: bool = True, timeout: float = -1) -> bool:
         world = self.world
         if world.direct:
             if self.owner is not None:
@@ -307,8 +314,8 @@ class Lock:
                 world.violation("a process-local lock was left held")
             self.owner = world.current
             return True
-        if self.shared:
-            world.step("take local lock")
+        if self.shared or world.raises:
+            world.step("take local lock", not self.shared)
         while self.owner is not None:
             if not blocking or (timeout >= 0 and not world.wait_for_lock(self, timed=True)):
                 world.saw("held")
@@ -327,7 +334,7 @@ class Lock:
         return self.owner is not None
 
     def __enter__(self) -> bool:
-        return self.acquire()
+        return self._take()
 
     def __exit__(self, *_: object) -> None:
         self.release()
@@ -336,21 +343,19 @@ class Lock:
 class Bytes(LockFile):
     """The real lock file over the world's bytes, which the kernel drops with their process."""
 
-    def __init__(self, world: World, process: int, shared: bool) -> None:
+    def __init__(self, world: World, process: int) -> None:
         self.world, self.process = world, process
         self.path, self._fd, self._inode = "", -1, (0, 0)
         self._held, self._sharers = set(), 1
         self._mutex: typing.Any = Lock(world, False)
-        locks: typing.Any = {byte: Lock(world, shared) for byte in (0, 3)}
-        self._exclusive = locks
+        self._users = {}
 
     def _is_ours(self) -> bool:
         return True
 
     def _set(self, byte: int, kind: int) -> bool:
         world = self.world
-        let_go = kind == fcntl.F_UNLCK
-        world.enter_kernel(f"{'drop' if let_go else 'lock'} byte {byte}", raisable=not let_go)
+        world.enter_kernel(f"{'drop' if kind == fcntl.F_UNLCK else 'lock'} byte {byte}")
         holder = world.bytes.get(byte)
         if kind == fcntl.F_UNLCK:
             if holder == self.process:
@@ -393,27 +398,38 @@ class Clock:
         self._world.nap()
 
 
-class Holds(dict[int, set[int]]):
-    """The counts of a process with several threads: looking and changing are steps too."""
+class Private(dict[int, typing.Any]):
+    """What the threads of one process share beside the segment: its counts, its descriptors.
 
-    world: World
+    Looking and changing are steps too.
+    """
+
+    def __init__(self, world: World, name: str) -> None:
+        super().__init__()
+        self.world, self.name = world, name
+
+    def _step(self, what: str) -> None:
+        if not self.world.direct:
+            self.world.step(f"{what} {self.name}")
 
     def get(self, key: int, default: typing.Any = None) -> typing.Any:
-        if not self.world.direct:
-            self.world.step("read count")
+        self._step("read")
         found = super().get(key, default)
         if not self.world.direct:
-            self.world.saw(tuple(sorted(found)) if found else None)
+            seen = tuple(sorted(found)) if isinstance(found, set) else found is not None
+            self.world.saw(seen)
         return found
 
     def pop(self, key: int, *default: typing.Any) -> typing.Any:
-        if not self.world.direct:
-            self.world.step("drop count")
+        self._step("drop")
         return super().pop(key, *default)
 
-    def __setitem__(self, key: int, value: set[int]) -> None:
-        if not self.world.direct:
-            self.world.step("store count")
+    def __delitem__(self, key: int) -> None:
+        self._step("drop")
+        super().__delitem__(key)
+
+    def __setitem__(self, key: int, value: typing.Any) -> None:
+        self._step("store")
         super().__setitem__(key, value)
 
 

@@ -18,8 +18,8 @@ import typing
 import unittest.mock
 
 from .explorer import Explorer, Report
+from .participants import Bounds
 from .scenarios import SCENARIOS
-from .world import Bounds
 
 STRIPES, ENGINE = "shmsock._stripes_py", "shmsock._engine_py"
 RECOVERY, DESCRIPTORS = "shmsock.recovery", "shmsock.descriptors"
@@ -70,7 +70,9 @@ def _compile(functions: list[Change], module: types.ModuleType) -> typing.Any:
             )
         source = source.replace(found + "\n", textwrap.indent(new, indent) + "\n")
     space: dict[str, typing.Any] = {}
-    exec(compile("from __future__ import annotations\n" + source, name, "exec"), vars(module), space)
+    exec(
+        compile("from __future__ import annotations\n" + source, name, "exec"), vars(module), space
+    )
     return owner, name, space[name]
 
 
@@ -93,11 +95,15 @@ def applied(changes: collections.abc.Iterable[Change]) -> collections.abc.Iterat
         yield
 
 
-def find(mutant: Mutant, engine_module: typing.Any, *, schedules: int = 60_000) -> Report:
+def find(
+    mutant: Mutant, engine_module: typing.Any, *, schedules: int = 60_000, seed: int | None = 1
+) -> Report:
     """Explore a mutant's scenario with its mistake in place."""
     (scenario,) = [each for each in SCENARIOS if each.name == mutant.scenario]
     with applied(mutant.changes):
-        return Explorer(scenario, mutant.bounds, engine_module).explore(schedules=schedules)
+        return Explorer(scenario, mutant.bounds, engine_module).explore(
+            schedules=schedules, seed=seed
+        )
 
 
 ATTEMPT = STRIPES, "Stripes._attempt"
@@ -107,15 +113,17 @@ RECYCLE = ENGINE, "recycle"
 MUTANTS = [
     mutant(
         "no look at the generation after OWN",
-        "take-give-3",
-        Bounds(3, kills=1),
+        "suspicion",
+        Bounds(2),
         Change(*ATTEMPT, "if cells.ctl[stripe] >> 2 != generation:", "if False:"),
     ),
     mutant(
         "no barrier in retire",
         "suspicion",
         Bounds(2),
-        Change(*RETIRE, "barrier()  # 3. ORDER: pairs with OWN before ctl in Engine._attempt", "pass"),
+        Change(
+            *RETIRE, "barrier()  # 3. ORDER: pairs with OWN before ctl in Engine._attempt", "pass"
+        ),
     ),
     mutant(
         "no drain",
@@ -146,7 +154,7 @@ MUTANTS = [
     ),
     mutant(
         "no CLOSED: the stripe is OPEN from step 2",
-        "died-inside",
+        "suspicion-stranger",
         Bounds(1, kills=1),
         Change(
             *RETIRE,
@@ -156,8 +164,8 @@ MUTANTS = [
     ),
     mutant(
         "claims of those who died late are zeroed",
-        "suspicion-3",
-        Bounds(2, kills=1),
+        "suspicion-stranger",
+        Bounds(1, kills=1),
         Change(
             *RETIRE,
             "for index in {*frozen, *broken}:  # 8",
@@ -221,7 +229,9 @@ MUTANTS = [
         "recycle: FREE not last",
         "release-hold",
         Bounds(0, kills=1),
-        Change(*RECYCLE, "cells.retired[slot] = 0", "cells.state[slot] = FREE\ncells.retired[slot] = 0"),
+        Change(
+            *RECYCLE, "cells.retired[slot] = 0", "cells.state[slot] = FREE\ncells.retired[slot] = 0"
+        ),
     ),
     mutant(
         "recycle: RECYCLING not first",
@@ -247,23 +257,19 @@ MUTANTS = [
         Change(
             DESCRIPTORS,
             "Descriptors.discard",
-            """
-            with self._engine.lock:
-                entry = self._entries.get(sid)
-                if entry is None:
-                    return
-            """,
-            """
-            if True:
-                entry = self._entries.get(sid)
-                if entry is None:
-                    return
-            """,
+            "del self._entries[sid]",
+            "pass",
+        ),
+        Change(
+            DESCRIPTORS,
+            "Descriptors.discard",
+            "self._close(entry)",
+            "self._entries.pop(sid, None)\nself._close(entry)",
         ),
     ),
     mutant(
         "the hot path counts outside its lock",
-        "threads",
+        "threads-alone",
         Bounds(2),
         Change(
             ENGINE,
@@ -277,7 +283,7 @@ MUTANTS = [
     ),
     mutant(
         "the count is not looked at again once the stripe is had",
-        "threads",
+        "threads-alone",
         Bounds(2),
         Change(
             ENGINE,
@@ -329,8 +335,8 @@ MUTANTS = [
         ),
     ),
     mutant(
-        "address looks at the version after it has counted",
-        "fail-hold",
+        "attach does not look at the version inside the stripe",
+        "renew-hold",
         Bounds(1),
         Change(
             ENGINE,

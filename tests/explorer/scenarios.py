@@ -11,15 +11,16 @@ import dataclasses
 import typing
 
 from shmsock.descriptors import Descriptors
-from shmsock.errors import ClosedError, TableFullError
-from shmsock.layout import CLOSED, FREE, LIVE, OPEN, OPENING, OWN, SLOT_MASK, Layout
+from shmsock.layout import CLOSED, OPEN, OPENING, OWN, Layout
 
-from .memory import FIRST_VERSION
-from .world import Bounds, Process, World
+from .memory import Private
+from .participants import Bounds
+from .scene import SID, Actor, Program, Scene
+from .world import World
 
 Check = collections.abc.Callable[[], None]
-Program = collections.abc.Callable[["Actor"], None]
-SID = FIRST_VERSION << 32  # the first life of slot 0
+# One slot and one stripe, and so many process rows.
+TWO, THREE, FOUR = Layout(1, 2, 1), Layout(1, 3, 1), Layout(1, 4, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,228 +39,10 @@ class Scenario:
     build: collections.abc.Callable[[World], Check]
     bounds: Bounds
     deep: Bounds
-    layout: Layout = Layout(1, 3, 1)
+    layout: Layout = THREE
     mortal: tuple[int, ...] = (0, 1, 2)
     interruptible: tuple[int, ...] = (0, 1, 2)
     trace: int = 60
-
-
-class Actor:
-    """What one thread does, and what it remembers."""
-
-    def __init__(self, scene: Scene, process: Process) -> None:
-        self.scene, self.world, self.process = scene, scene.world, process
-        self.references: list[typing.Any] = []
-        self.operations = self.interrupted = 0
-
-    def do(self, operation: str, *arguments: typing.Any) -> typing.Any:
-        """Call a method of the engine; an exception that was raised into it ends it alone."""
-        return self.call(getattr(self.process.engine, operation), *arguments)
-
-    def call(self, function: typing.Any, *arguments: typing.Any) -> typing.Any:
-        """Call anything."""
-        self.rest()
-        try:
-            return function(*arguments)
-        except KeyboardInterrupt:
-            self.interrupted += 1
-            return None
-        except ClosedError:
-            if not self.process.fenced:
-                raise
-            return None
-
-    def rest(self) -> None:
-        """Between two operations only what is remembered matters, not how it came about."""
-        thread = self.world.current
-        self.operations += 1
-        thread.digest = hash(
-            (self.operations, self.interrupted, self.remembered(), self.process.summary())
-        )
-
-    def remembered(self) -> tuple[typing.Any, ...]:
-        return tuple((each.id, each._serial) for each in self.references)
-
-    def address(self, sid: int, failed_too: bool = False) -> typing.Any:
-        """Take a reference; it must be one."""
-        ended = sid in self.scene.failed
-        reference = self.do("address", sid, failed_too)
-        if reference is not None:
-            if ended and not failed_too:
-                self.world.violation(f"{sid:#x} was addressed after it had failed")
-            self.references.append(reference)
-            self.look(reference)
-        return reference
-
-    def look(self, reference: typing.Any) -> None:
-        """While it is held the slot is ours: the version v or v + 1, and nobody may recycle it."""
-        if self.process.fenced:
-            return
-        version, _, state = self.world.peek(reference.id)
-        slot = reference.id & SLOT_MASK
-        held = int(self.world.memory.raw.held[slot, self.process.index])
-        if not held or state != LIVE or version & ~1 != reference.id >> 32:
-            self.world.violation(
-                f"P{self.process.index} has a reference on {reference.id:#x}, but held is {held}, "
-                f"state {state}, version {version}"
-            )
-
-    def use(self) -> None:
-        """Look at what is held, in one more access so that others may come between."""
-        for reference in self.references:
-            self.call(lambda reference=reference: reference.failed)
-            self.look(reference)
-
-    def tick(self) -> None:
-        """What the timer does."""
-        self.call(self.process.recovery.look)
-
-    def close(self) -> None:
-        """Give everything back."""
-        while self.references:
-            reference = self.references.pop()
-            self.call(reference.close)
-            if not reference.closed:  # interrupted: whoever drops it repeats it
-                self.call(reference.close)
-
-    def set_failed(self, sid: int) -> None:
-        """Fail a socket, and keep the books about who won."""
-        result = self.do("set_failed", sid, 5, "failed")
-        if result:
-            self.scene.winners.append((sid, self.process.index))
-        if result is not None and not self.process.fenced:
-            self.scene.failed.add(sid)
-
-    def create(self) -> int:
-        """Make a socket that this process owns."""
-        new = self.process.module.NewSocket(owner=self.process.engine.word)
-        try:
-            sid = self.do("create", new)
-        except TableFullError:  # somebody holds the one slot there is
-            return 0
-        if sid:
-            self.scene.created.append(sid)
-        return sid or 0
-
-
-class Scene:
-    """The processes of one run, and the checks at its end."""
-
-    def __init__(self, world: World, threads: collections.abc.Sequence[int], ready: int) -> None:
-        """``threads`` of each process; ``ready`` sockets are made by process 0."""
-        self.world = world
-        self.failed: set[int] = set()
-        self.winners: list[tuple[int, int]] = []
-        self.created: list[int] = []
-        self.actors: list[Actor] = []
-        for count in threads:
-            world.add_process(count)
-        first = world.processes[0]
-        world.current = first.idle
-        for _ in range(ready):
-            first.engine._next_stripe = -1
-            first.engine.create(first.module.NewSocket(owner=first.engine.word))
-
-    def thread(
-        self, index: int, program: Program
-    ) -> Actor:
-        """One more thread of process ``index``."""
-        actor = Actor(self, self.world.processes[index])
-        self.actors.append(actor)
-        self.world.add_thread(self.world.processes[index], lambda: program(actor))
-        return actor
-
-    def acts(self, process: Process) -> collections.abc.Iterator[Actor]:
-        return (actor for actor in self.actors if actor.process is process)
-
-    # -- the end --------------------------------------------------------------------------------
-
-    def survivors(self) -> list[Process]:
-        return [each for each in self.world.processes if each.alive and not each.fenced]
-
-    def check(self) -> None:
-        """Those who live repair what the dead left; then the books balance and all can be used."""
-        for process in self.survivors():
-            self._as(process)
-            for _ in range(4):
-                process.recovery.look()
-        self.audit()
-        for process in self.survivors():
-            self._as(process)
-            for actor in self.acts(process):
-                actor.use()
-            self._check_counts(process)
-        for process in self.survivors():
-            self._as(process)
-            for actor in self.acts(process):
-                while actor.references:
-                    actor.references.pop().close()
-            process.engine.drain()
-            self._check_counts(process)
-            if process.engine._holds or process.engine._dropped:
-                self.world.violation(f"P{process.index} still counts a reference after the last")
-        self.audit()
-        self._check_winners()
-        self._check_usable()
-
-    def _as(self, process: Process) -> None:
-        self.world.current = process.idle
-
-    def audit(self) -> None:
-        """DESIGN section 5's invariants, by the real audit and by looking at the stripes."""
-        world = self.world
-        process = self.survivors()[0]
-        self._as(process)
-        complaints = sorted(process.recovery._audit_once())
-        if complaints:
-            world.violation("after recovery: " + "; ".join(complaints))
-        for stripe, control in enumerate(world.memory.raw.ctl.tolist()):
-            token = world.names.get((stripe, control >> 2))
-            if control & 3 != OPEN or token is None or token.value != 1:
-                world.violation(
-                    f"stripe {stripe} is stuck: ctl ({control >> 2}, {control & 3}), "
-                    f"token {'gone' if token is None else token.value}"
-                )
-        if world.memory.raw.claims.any():
-            world.violation(f"a claim was left: {world.memory.raw.claims.tolist()}")
-        versions = (world.memory.raw.versioned_ref >> 32).tolist()
-        for slot, (version, lives) in enumerate(zip(versions, world.recycled, strict=True)):
-            if version & ~1 != FIRST_VERSION + 2 * lives:
-                world.violation(f"slot {slot} has version {version} after {lives} lives")
-
-    def _check_counts(self, process: Process) -> None:
-        """A process is attached exactly to what it counts references on."""
-        held = self.world.memory.raw.held[:, process.index].tolist()
-        counted = [int(bool(process.engine.count(slot))) for slot in range(len(held))]
-        if held != counted:
-            self.world.violation(f"P{process.index}: held {held}, but it counts {counted}")
-
-    def _check_winners(self) -> None:
-        for sid in {sid for sid, _ in self.winners}:
-            winners = [index for each, index in self.winners if each == sid]
-            if len(winners) > 1:
-                self.world.violation(f"{sid:#x} was failed by each of {winners}")
-        for sid in self.failed:
-            version, _, state = self.world.peek(sid)
-            if version == sid >> 32 or (version == (sid >> 32) + 1 and state == LIVE):
-                self.world.violation(f"{sid:#x} failed, but its slot was not recycled")
-
-    def _check_usable(self) -> None:
-        """Every stripe can be taken and every slot used, by everybody who lives."""
-        world = self.world
-        for process in self.survivors():
-            self._as(process)
-            engine = process.engine
-            for stripe in range(world.layout.stripes):
-                if engine.run(stripe, lambda *_: 1, -1) != 1:
-                    world.violation(f"stripe {stripe} cannot be taken")
-            for _ in range(world.memory.raw.state.tolist().count(FREE)):
-                sid = engine.create(process.module.NewSocket(owner=engine.word))
-                with engine.address(sid) as reference:
-                    if engine.set_failed(sid, 1, "") != 1 or not reference.failed:
-                        world.violation(f"{sid:#x} could not be failed")
-        if sorted(self.survivors()[0].recovery._audit_once()):
-            world.violation("using the table broke it")
 
 
 # -- a: take and give ---------------------------------------------------------------------------
@@ -304,7 +87,6 @@ def contention_3(world: World) -> Check:
     return contention(world, 3)
 
 
-
 # -- b: the life of a slot ----------------------------------------------------------------------
 
 
@@ -320,6 +102,14 @@ def hold_failed_too(actor: Actor) -> None:
     actor.address(SID, True)
     actor.use()
     actor.close()
+
+
+def drop(actor: Actor) -> None:
+    """Take a reference and let a finaliser give it back."""
+    actor.address(SID)
+    actor.use()
+    actor.rest()
+    actor.references.clear()
 
 
 def fail(actor: Actor) -> None:
@@ -436,6 +226,17 @@ def suspect(actor: Actor) -> None:
     actor.call(retire)
 
 
+def suspect_and_hold(actor: Actor) -> None:
+    """As ``suspect``, and go on there."""
+    suspect(actor)
+    hold(actor)
+
+
+def visit(actor: Actor) -> None:
+    """Take and give."""
+    actor.do("run", 0, lambda *_: 1, -1)
+
+
 def register(actor: Actor) -> None:
     """Join while others reap, perhaps in the row of the dead."""
     process, world = actor.process, actor.world
@@ -509,7 +310,8 @@ def descriptors(world: World) -> Check:
     process = world.processes[0]
     numbers: dict[int, int] = {}
     anything: typing.Any = world.memory, process.engine, Quiet(), 1
-    cache = Descriptors(*anything)
+    cache: typing.Any = Descriptors(*anything)
+    cache._entries = Private(world, "descriptor")
     number: typing.Any = Number(world, numbers, SID)
     cache.keep(SID, number)
 
@@ -527,6 +329,10 @@ def descriptors(world: World) -> Check:
 
     scene.thread(0, send)
     scene.thread(0, hang_up)
+    keeper = Actor(scene, world.processes[1])  # or failing it would end it at once
+    scene.actors.append(keeper)
+    world.current = keeper.process.idle
+    keeper.references.append(keeper.process.engine.address(SID))
 
     def check() -> None:
         scene.check()
@@ -540,7 +346,6 @@ def descriptors(world: World) -> Check:
 
 KILL, DEEP = Bounds(2, kills=1), Bounds(4, kills=1)
 RAISE, RAISE2 = Bounds(2, kills=1, raises=1), Bounds(1, raises=2)
-TWO, THREE, FOUR = Layout(1, 2, 1), Layout(1, 3, 1), Layout(1, 4, 1)
 
 SCENARIOS = [
     Scenario("take-give-2", contention_2, Bounds(3, kills=1), Bounds(9, kills=1), TWO),
@@ -553,20 +358,44 @@ SCENARIOS = [
     Scenario("turns", plain([turn], [turn]), Bounds(1, kills=1), DEEP, TWO),
     Scenario("hand-over", plain([fail], [take_over], [take_over]), Bounds(1, kills=1), KILL),
     Scenario("threads", plain([hold, hold], [fail]), Bounds(2), Bounds(3, kills=1), TWO),
+    Scenario("threads-alone", plain([hold, hold], []), Bounds(2, kills=1), DEEP, TWO),
+    Scenario("threads-drop", plain([drop, drop], [fail]), Bounds(1), Bounds(2, 0, 1), TWO),
+    Scenario("raise-drop", plain([drop, drop], []), Bounds(1, 0, 1), Bounds(2, 0, 1), TWO),
     Scenario("raise-hold", plain([hold], [fail]), Bounds(1, raises=1), RAISE, TWO),
     Scenario("raise-fail", plain([fail], [hold]), Bounds(1, raises=1), RAISE, TWO),
     Scenario("raise-kill", plain([hold], [fail]), Bounds(0, 1, 1), Bounds(1, 1, 1), TWO),
-    Scenario("raise-twice", plain([ticking(hold)], [fail]), Bounds(0, 0, 2), RAISE2, TWO, interruptible=(0,)),
-    Scenario("raise-renew", plain([ticking(renew)], [fail]), Bounds(0, 0, 2), RAISE2, TWO, interruptible=(0,)),
-    Scenario("raise-release", plain([ticking(release)], [hold]), Bounds(0, 0, 2), RAISE2, TWO, interruptible=(0,)),
+    Scenario(
+        "raise-twice",
+        plain([ticking(hold)], [fail]),
+        Bounds(0, 0, 2),
+        RAISE2,
+        TWO,
+        interruptible=(0,),
+    ),
+    Scenario(
+        "raise-renew",
+        plain([ticking(renew)], [fail]),
+        Bounds(0, 0, 2),
+        RAISE2,
+        TWO,
+        interruptible=(0,),
+    ),
+    Scenario(
+        "raise-release",
+        plain([ticking(release)], [hold]),
+        Bounds(0, 0, 2),
+        RAISE2,
+        TWO,
+        interruptible=(0,),
+    ),
     Scenario("raise-threads", plain([hold, hold], [fail]), Bounds(1, 0, 1), Bounds(2, 0, 1), TWO),
     Scenario("raise-repair", left_behind((1, OPEN), 0, repair, hold), Bounds(1, 0, 1), RAISE),
     Scenario("died-inside", left_behind((1, OPEN), 0, repair, hold), KILL, DEEP),
     Scenario("died-closed", left_behind((2, CLOSED), 0, repair, repair), KILL, DEEP),
     Scenario("died-opening", left_behind((2, OPENING), 0, repair, repair), KILL, DEEP),
     Scenario("died-opened", left_behind((2, OPENING), 1, repair, repair), KILL, DEEP),
-    Scenario("suspicion", plain([suspect], [hold]), Bounds(2, kills=1), DEEP, TWO),
-    Scenario("suspicion-3", plain([suspect], [hold], [fail]), Bounds(1, kills=1), DEEP),
+    Scenario("suspicion", plain([hold], [suspect_and_hold]), Bounds(2, kills=1), DEEP, TWO),
+    Scenario("suspicion-stranger", plain([], [visit], [suspect]), Bounds(2, kills=2), DEEP),
     Scenario("fenced", plain([hold], [hold]), Bounds(1, fences=1), DEEP, TWO, mortal=(0,)),
     Scenario("registration", registration, Bounds(2, kills=1), DEEP, FOUR),
     Scenario("descriptors", descriptors, Bounds(2), Bounds(3), TWO),

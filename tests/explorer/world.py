@@ -8,148 +8,22 @@ process, raise in the thread, or fence a process that lives. A killed thread is 
 
 from __future__ import annotations
 
-import collections
 import collections.abc
-import dataclasses
-import functools
+import contextlib
 import typing
 
 import greenlet
 
-from shmsock.layout import LIVE, REAPING, SLOT_MASK, Layout
-from shmsock.processes import FIRST_ROW, Processes
-from shmsock.recovery import Recovery
+from shmsock.layout import REAPING, SLOT_MASK, Layout
+from shmsock.processes import FIRST_ROW
 
 from . import memory
+from .participants import ENDED, NAPS, READY, WAITS, Bounds, Process, Thread, Violation
 
 Action = tuple[typing.Any, ...]
+Consider = collections.abc.Callable[[Thread, int, bool, bool], None]
+Choose = collections.abc.Callable[[list[Thread], list[Thread], int], None]
 STEP_LIMIT = 6000
-
-READY, NAPS, WAITS, ENDED = range(4)
-
-_BODIES = (
-    "_attach", "_detach", "_create", "_set_failed", "_release", "_take_turn", "_give_turn",
-    "_change_owner", "_set_user_data",
-)  # fmt: skip
-
-
-class Violation(AssertionError):  # noqa: N818 - a finding, not a fault of the explorer
-    """The protocol broke a promise."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Bounds:
-    """How far to look.
-
-    Attributes:
-        switches: Times a thread is interrupted though it could go on; being blocked is free.
-        kills: Processes killed; at least one survives.
-        raises: Asynchronous exceptions.
-        fences: Live processes taken for dead.
-    """
-
-    switches: int = 2
-    kills: int = 0
-    raises: int = 0
-    fences: int = 0
-
-
-class Thread:
-    """One thread of one simulated process."""
-
-    def __init__(self, number: int, process: Process, name: str) -> None:
-        self.id, self.process, self.name = number, process, name
-        self.greenlet: typing.Any = None
-        self.digest, self.status = 0, READY
-        self.waits_for: typing.Any = None
-        self.timed = False
-        self.napped_at = 0  # world.progress when the nap began
-        self.naps = self.asked = 0
-        self.clock_s = 1000.0
-        self.dead = False
-
-
-class Process:
-    """One participant: the real engine and recovery over simulated memory."""
-
-    def __init__(self, world: World, index: int, engine_module: typing.Any, threads: int) -> None:
-        # Its place in the world, and its row once it has registered.
-        self.number = self.index = index
-        self.world, self.module = world, engine_module
-        shared = threads > 1
-        self.alive, self.fenced = True, False
-        self.threads: list[Thread] = []
-        self.idle = Thread(-1 - index, self, f"P{index}")
-        self.pending: tuple[int, int] | None = None  # an OWN claim in the store buffer
-        self.lock_file = memory.Bytes(world, index, shared)
-        segment: typing.Any = world.memory
-        self.processes = Processes(segment, self.lock_file)
-        self.semaphores = memory.Handles(world.layout.stripes)
-        self.engine: typing.Any = None
-        self.recovery: typing.Any = None
-        self.shared = shared
-
-    def join(self, index: int, epoch: int) -> None:
-        """Have an engine and a recovery, for the row that was registered."""
-        self.index = index
-        world, segment = self.world, typing.cast(typing.Any, self.world.memory)
-        self.engine = self.module.Engine(
-            segment, self.semaphores, self.index, epoch, self.module.Reference
-        )
-        self.engine.lock = memory.Lock(world, self.shared)
-        if self.shared:
-            self.engine._holds = memory.Holds()
-            self.engine._holds.world = world
-        self.recovery = Recovery(segment, self.processes, self.semaphores, self.engine)
-        self.engine.repair = self.recovery.look
-        block = world.layout.block
-        for name in _BODIES:
-            body = getattr(self.engine, name)
-            by_slot = name != "_create"
-            setattr(self.engine, name, functools.partial(self._inside, body, by_slot, block))
-        recount = self.recovery.recount
-        self.recovery.recount = functools.partial(self._recount, recount)
-
-    def _inside(self, body: typing.Any, by_slot: bool, block: int, slot: int, arg: object) -> int:
-        world = self.world
-        stripe = slot // block if by_slot else slot
-        if world.enter(stripe):
-            try:
-                return int(body(slot, arg))
-            finally:
-                world.leave(stripe)
-        return int(body(slot, arg))
-
-    def _recount(self, recount: typing.Any, stripe: int, dead: typing.Any) -> None:
-        world = self.world
-        entered = world.enter(stripe)
-        try:
-            recount(stripe, dead)
-        finally:
-            if entered:
-                world.leave(stripe)
-
-    def counts(self) -> tuple[typing.Any, ...]:
-        """The private memory that a later operation may depend on."""
-        engine = self.engine
-        if engine is None:
-            return ()
-        return (
-            tuple(sorted((slot, tuple(sorted(found))) for slot, found in engine._holds.items())),
-            tuple(engine._dropped),
-            tuple(sorted(engine.marked)),
-            engine.lock.owner.id if engine.lock.owner is not None else None,
-        )
-
-    def summary(self) -> tuple[typing.Any, ...]:
-        """``counts`` and all else that is private."""
-        return (
-            *self.counts(),
-            self.semaphores.known(),
-            tuple(self.recovery._blocked) if self.recovery else (),
-            getattr(self.engine, "_next_stripe", 0),
-            tuple(sorted(self.lock_file._held)),
-        )
 
 
 class World:
@@ -160,10 +34,9 @@ class World:
         self.direct = True  # nothing is a step: setting up, and checking at the end
         self.over = False
         self.log: list[str] | None = None
-        self.consider: collections.abc.Callable[[Thread, int, bool, bool], None] = lambda *_: None
-        self.choose: collections.abc.Callable[[list[Thread], list[Thread], int], None] = (
-            lambda *_: None
-        )
+        # What the explorer is asked: before an access, and when whoever ran is blocked.
+        self.consider: Consider = lambda thread, number, quiet, raisable: None
+        self.choose: Choose = lambda ready, napping, number: None
         self.memory = memory.Memory(self, layout)
         self.main = greenlet.getcurrent()
         self.begin({}, 0, Bounds())
@@ -239,17 +112,16 @@ class World:
                 process.engine.closed = True
         for thread in self.threads:
             if not thread.greenlet.dead:
-                try:
+                with contextlib.suppress(BaseException):  # nobody looks at it any more
                     thread.greenlet.throw()
-                except BaseException:  # noqa: S110 - whatever it says, nobody looks at it any more
-                    pass
 
     def _next(self) -> Thread | None:
         """Whose turn it is when nobody has to be interrupted for it."""
         running = [t for t in self.threads if not t.dead and t.status != ENDED]
         if not running:
             return None
-        ready, napping = [], []
+        ready: list[Thread] = []
+        napping: list[Thread] = []
         for thread in running:
             if thread.status == READY:
                 ready.append(thread)
@@ -397,15 +269,13 @@ class World:
         self._shared_hash = None
 
     def _life(self, slot: int, old: int, new: int) -> None:
-        """INVARIANT: a slot ends a life while nobody is attached, and begins one when it is free."""
+        """INVARIANT: a slot ends its life while nobody is attached."""
         if new == 2 and old != 2:
             holders = [i for i, held in enumerate(self.memory.raw.held[slot]) if held]
             if holders:
                 self.violation(f"slot {slot} is recycled while {holders} are attached")
-        if new == 0 and old == 2:
+        if new == 0 and old != 0:
             self.recycled[slot] += 1
-        if new == 0 and old == LIVE:
-            self.violation(f"slot {slot} is FREE without having been recycled")
 
     def drain_own(self, process: Process | None = None) -> None:
         """A process's store buffer drains."""
@@ -421,10 +291,10 @@ class World:
         pending = self.current.process.pending
         return pending[1] if pending is not None and pending[0] == key else value
 
-    def enter_kernel(self, what: str, quiet: bool = False, raisable: bool = True) -> None:
+    def enter_kernel(self, what: str, quiet: bool = False) -> None:
         """A system call or a locked instruction: a step, and the store buffer drains."""
         if not self.direct:
-            self.step(what, quiet, raisable)
+            self.step(what, quiet)
         if self.current.process.pending is not None:
             self.drain_own()
 
