@@ -24,6 +24,7 @@ import shmsock._stripes_py
 import shmsock.processes
 import shmsock.recovery
 import shmsock.segment
+from shmsock.layout import Layout
 
 from . import memory
 from .participants import Bounds, Thread
@@ -69,7 +70,10 @@ class Report:
         if self.found:
             line += f"\n    VIOLATION after {self.steps} accesses: {self.found}\n    plan: "
             line += ", ".join(f"at {at} {action}" for at, action in self.deviations)
-            line += "".join(f"\n      {each}" for each in self.trace)
+            shown = list(self.trace)
+            if len(shown) > 150:
+                shown[120:-30] = ["..."]
+            line += "".join(f"\n      {each}" for each in shown)
         return line
 
 
@@ -78,7 +82,7 @@ class Explorer:
 
     def __init__(self, scenario: Scenario, bounds: Bounds, engine_module: typing.Any) -> None:
         self.scenario, self.bounds = scenario, bounds
-        self.world = World(scenario.layout, engine_module)
+        self.world = World(Layout(1, scenario.processes, 1), engine_module)
         self.world.consider, self.world.choose = self._consider, self._choose
         self._visited: dict[int, int] = {}
         self._stack: list[tuple[int, dict[int, Action]]] = [(0, {})]
@@ -105,7 +109,7 @@ class Explorer:
                 if report.found:
                     self._tell(plan)
                 if report.schedules % 256 == 0:
-                    gc.collect()
+                    gc.collect(0)
                     if time.monotonic() - began > seconds:
                         break
             gc.collect()
@@ -142,7 +146,7 @@ class Explorer:
         report.steps = world.count
         world.log = []
         self._run(plan, 1 << 60)
-        report.trace = tuple(world.log[-int(self.scenario.trace) :])
+        report.trace = tuple(world.log)
         world.log = None
 
     # -- what else could be done at a decision --------------------------------------------------

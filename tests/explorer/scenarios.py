@@ -11,7 +11,7 @@ import dataclasses
 import typing
 
 from shmsock.descriptors import Descriptors
-from shmsock.layout import CLOSED, OPEN, OPENING, OWN, Layout
+from shmsock.layout import CLOSED, OPEN, OPENING, OWN
 
 from .memory import Private
 from .participants import Bounds
@@ -19,8 +19,8 @@ from .scene import SID, Actor, Program, Scene
 from .world import World
 
 Check = collections.abc.Callable[[], None]
-# One slot and one stripe, and so many process rows.
-TWO, THREE, FOUR = Layout(1, 2, 1), Layout(1, 3, 1), Layout(1, 4, 1)
+Three = tuple[Bounds, Bounds, Bounds]
+Row = tuple[str, collections.abc.Callable[[World], Check], Three, dict[str, typing.Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,20 +29,18 @@ class Scenario:
 
     Attributes:
         build: Fills a fresh world with processes and threads; returns the check of its end.
-        bounds: In every run of the tests.
-        deep: In a longer run.
+        bounds: For every run of the tests, for the command, and for its ``--deep``.
+        processes: Rows of the table; there is one slot, and one stripe.
         mortal: Which processes may be killed or fenced.
         interruptible: In which an exception may be raised.
     """
 
     name: str
     build: collections.abc.Callable[[World], Check]
-    bounds: Bounds
-    deep: Bounds
-    layout: Layout = THREE
-    mortal: tuple[int, ...] = (0, 1, 2)
-    interruptible: tuple[int, ...] = (0, 1, 2)
-    trace: int = 60
+    bounds: Three
+    processes: int = 4
+    mortal: tuple[int, ...] = (0, 1, 2, 3)
+    interruptible: tuple[int, ...] = (0, 1, 2, 3)
 
 
 # -- a: take and give ---------------------------------------------------------------------------
@@ -344,59 +342,68 @@ def descriptors(world: World) -> Check:
 
 # -- the table ----------------------------------------------------------------------------------
 
-KILL, DEEP = Bounds(2, kills=1), Bounds(4, kills=1)
-RAISE, RAISE2 = Bounds(2, kills=1, raises=1), Bounds(1, raises=2)
 
-SCENARIOS = [
-    Scenario("take-give-2", contention_2, Bounds(3, kills=1), Bounds(9, kills=1), TWO),
-    Scenario("take-give-3", contention_3, Bounds(1, kills=1), Bounds(2, kills=2)),
-    Scenario("fail-hold", plain([fail], [hold]), KILL, DEEP, TWO),
-    Scenario("fail-fail-hold", plain([fail], [fail], [hold_failed_too]), Bounds(1, kills=1), KILL),
-    Scenario("release-hold", plain([release], [hold]), KILL, DEEP, TWO),
-    Scenario("release-fail", plain([release], [fail]), KILL, DEEP, TWO),
-    Scenario("renew-hold", plain([renew], [hold_either]), Bounds(1, kills=1), KILL, TWO),
-    Scenario("turns", plain([turn], [turn]), Bounds(1, kills=1), DEEP, TWO),
-    Scenario("hand-over", plain([fail], [take_over], [take_over]), Bounds(1, kills=1), KILL),
-    Scenario("threads", plain([hold, hold], [fail]), Bounds(2), Bounds(3, kills=1), TWO),
-    Scenario("threads-alone", plain([hold, hold], []), Bounds(2, kills=1), DEEP, TWO),
-    Scenario("threads-drop", plain([drop, drop], [fail]), Bounds(1), Bounds(2, 0, 1), TWO),
-    Scenario("raise-drop", plain([drop, drop], []), Bounds(1, 0, 1), Bounds(2, 0, 1), TWO),
-    Scenario("raise-hold", plain([hold], [fail]), Bounds(1, raises=1), RAISE, TWO),
-    Scenario("raise-fail", plain([fail], [hold]), Bounds(1, raises=1), RAISE, TWO),
-    Scenario("raise-kill", plain([hold], [fail]), Bounds(0, 1, 1), Bounds(1, 1, 1), TWO),
-    Scenario(
-        "raise-twice",
-        plain([ticking(hold)], [fail]),
-        Bounds(0, 0, 2),
-        RAISE2,
-        TWO,
-        interruptible=(0,),
+def bounds(*three: tuple[int, ...]) -> tuple[Bounds, Bounds, Bounds]:
+    """Switches, kills, exceptions and fences: quick, usual and deep."""
+    quick, usual, deep = (Bounds(*each) for each in three)
+    return quick, usual, deep
+
+
+PLAIN = bounds((1, 1), (2, 1), (4, 1))
+LEFT = bounds((1, 1), (2, 1), (3, 2))
+TWICE = bounds((0, 0, 2), (0, 1, 2), (1, 0, 2))
+
+LEFT_RAISE = bounds((1, 0, 1), (2, 0, 1), (2, 1, 1))
+FENCED = bounds((1, 0, 0, 1), (2, 0, 0, 1), (3, 1, 0, 1))
+THREE_LEFT = bounds((0, 1), (1, 1), (2, 2))
+
+_TABLE: list[Row] = [
+    ("take-give-2", contention_2, bounds((2, 1), (4, 1), (9, 1)), {}),
+    ("take-give-3", contention_3, bounds((0, 2), (1, 1), (2, 2)), {}),
+    ("fail-hold", plain([fail], [hold]), bounds((2, 1), (2, 1), (4, 1)), {}),
+    (
+        "fail-fail-hold",
+        plain([fail], [fail], [hold_failed_too]),
+        bounds((0, 1), (1, 1), (2, 2)),
+        {},
     ),
-    Scenario(
-        "raise-renew",
-        plain([ticking(renew)], [fail]),
-        Bounds(0, 0, 2),
-        RAISE2,
-        TWO,
-        interruptible=(0,),
+    ("release-hold", plain([release], [hold]), PLAIN, {}),
+    ("release-fail", plain([release], [fail]), PLAIN, {}),
+    ("renew-hold", plain([renew], [hold_either]), bounds((1, 1), (1, 1), (3, 1)), {}),
+    ("turns", plain([turn], [turn]), PLAIN, {}),
+    ("hand-over", plain([fail], [take_over], [take_over]), bounds((0, 1), (1, 1), (2, 2)), {}),
+    ("threads", plain([hold, hold], [fail]), bounds((1,), (1, 1), (2, 1)), {}),
+    ("threads-alone", plain([hold, hold], []), bounds((2,), (2, 1), (4, 1)), {}),
+    ("threads-drop", plain([drop, drop], [fail]), bounds((1,), (2,), (2, 1)), {}),
+    ("raise-drop", plain([drop, drop], []), bounds((0, 0, 1), (1, 0, 1), (2, 0, 1)), {}),
+    ("raise-hold", plain([hold], [fail]), bounds((1, 0, 1), (2, 0, 1), (2, 1, 1)), {}),
+    ("raise-fail", plain([fail], [hold]), bounds((1, 0, 1), (2, 0, 1), (2, 1, 1)), {}),
+    ("raise-kill", plain([hold], [fail]), bounds((0, 1, 1), (0, 1, 1), (1, 1, 1)), {}),
+    ("raise-twice", plain([ticking(hold)], [fail]), TWICE, {"interruptible": (0,)}),
+    ("raise-renew", plain([ticking(renew)], [fail]), TWICE, {"interruptible": (0,)}),
+    ("raise-release", plain([ticking(release)], [hold]), TWICE, {"interruptible": (0,)}),
+    (
+        "raise-threads",
+        plain([hold, hold], [fail]),
+        bounds((0, 0, 1), (1, 0, 1), (2, 1, 1)),
+        {"interruptible": (0,)},
     ),
-    Scenario(
-        "raise-release",
-        plain([ticking(release)], [hold]),
-        Bounds(0, 0, 2),
-        RAISE2,
-        TWO,
-        interruptible=(0,),
+    ("raise-repair", left_behind((1, OPEN), 0, repair, hold), LEFT_RAISE, {}),
+    ("died-inside", left_behind((1, OPEN), 0, repair, hold), LEFT, {}),
+    ("died-closed", left_behind((2, CLOSED), 0, repair, repair), LEFT, {}),
+    ("died-opening", left_behind((2, OPENING), 0, repair, repair), LEFT, {}),
+    ("died-opened", left_behind((2, OPENING), 1, repair, repair), LEFT, {}),
+    ("died-and-three", left_behind((2, CLOSED), 0, repair, repair, hold), THREE_LEFT, {}),
+    ("suspicion", plain([hold], [suspect_and_hold]), bounds((1, 1), (2, 1), (4, 1)), {}),
+    ("suspicion-stranger", plain([], [visit], [suspect]), bounds((1, 1), (2, 1), (3, 2)), {}),
+    (
+        "fenced",
+        plain([hold], [hold]),
+        bounds((1, 0, 0, 1), (2, 0, 0, 1), (3, 1, 0, 1)),
+        {"mortal": (0,)},
     ),
-    Scenario("raise-threads", plain([hold, hold], [fail]), Bounds(1, 0, 1), Bounds(2, 0, 1), TWO),
-    Scenario("raise-repair", left_behind((1, OPEN), 0, repair, hold), Bounds(1, 0, 1), RAISE),
-    Scenario("died-inside", left_behind((1, OPEN), 0, repair, hold), KILL, DEEP),
-    Scenario("died-closed", left_behind((2, CLOSED), 0, repair, repair), KILL, DEEP),
-    Scenario("died-opening", left_behind((2, OPENING), 0, repair, repair), KILL, DEEP),
-    Scenario("died-opened", left_behind((2, OPENING), 1, repair, repair), KILL, DEEP),
-    Scenario("suspicion", plain([hold], [suspect_and_hold]), Bounds(2, kills=1), DEEP, TWO),
-    Scenario("suspicion-stranger", plain([], [visit], [suspect]), Bounds(2, kills=2), DEEP),
-    Scenario("fenced", plain([hold], [hold]), Bounds(1, fences=1), DEEP, TWO, mortal=(0,)),
-    Scenario("registration", registration, Bounds(2, kills=1), DEEP, FOUR),
-    Scenario("descriptors", descriptors, Bounds(2), Bounds(3), TWO),
+    ("registration", registration, bounds((0, 1), (1, 1), (2, 2)), {}),
+    ("descriptors", descriptors, bounds((2,), (3,), (5,)), {}),
 ]
+
+SCENARIOS = [Scenario(name, build, three, **more) for name, build, three, more in _TABLE]

@@ -14,7 +14,7 @@ import typing
 
 import greenlet
 
-from shmsock.layout import REAPING, SLOT_MASK, Layout
+from shmsock.layout import LIVE, REAPING, SLOT_MASK, Layout
 from shmsock.processes import FIRST_ROW
 
 from . import memory
@@ -68,9 +68,12 @@ class World:
         process = Process(self, len(self.processes), self.module, threads)
         self.processes.append(process)
         self.current = process.idle
-        if registered:
-            index, epoch = process.processes.register("worker")
-            process.join(index, epoch)
+        if registered:  # as Processes.register leaves it; that itself is explored elsewhere
+            row = process.index
+            self.memory.raw.row_state[row] = 1 << 8 | LIVE
+            self.bytes[FIRST_ROW + row] = process.number
+            process.lock_file._held.add(FIRST_ROW + row)
+            process.join(row, 1)
         return process
 
     def add_thread(self, process: Process, program: collections.abc.Callable[[], None]) -> None:
