@@ -17,8 +17,9 @@ from .explorer.explorer import Explorer, Report, simulated
 from .explorer.memory import Semaphore
 from .explorer.mutants import MUTANTS, Change, Mutant, applied, find
 from .explorer.participants import Bounds, Violation
-from .explorer.scenarios import SCENARIOS, Scenario, plain
+from .explorer.scenarios import Scenario, plain
 from .explorer.scene import SID, Actor
+from .explorer.table import SCENARIOS
 from .explorer.world import World
 
 QUICK = 0

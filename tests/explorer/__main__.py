@@ -13,7 +13,7 @@ import time
 
 from .explorer import Explorer, Report
 from .mutants import MUTANTS, find
-from .scenarios import SCENARIOS
+from .table import SCENARIOS
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -82,7 +82,7 @@ class Explorer:
 
     def __init__(self, scenario: Scenario, bounds: Bounds, engine_module: typing.Any) -> None:
         self.scenario, self.bounds = scenario, bounds
-        self.world = World(Layout(1, scenario.processes, 1), engine_module)
+        self.world = World(Layout(scenario.slots, scenario.processes, 1), engine_module)
         self.world.consider, self.world.choose = self._consider, self._choose
         self._visited: dict[int, int] = {}
         self._stack: list[tuple[int, dict[int, Action]]] = [(0, {})]
@@ -184,7 +184,11 @@ class Explorer:
     def _consider_processes(self, thread: Thread, number: int) -> None:
         """A kill of any process, also one that waits, and a wrong suspicion."""
         world = self.world
-        alive = [process for process in world.processes if process.alive and not process.fenced]
+        alive = [
+            process
+            for process in world.processes
+            if process.alive and not process.fenced and not process.left
+        ]
         if len(alive) < 2:
             return
         for process in alive:

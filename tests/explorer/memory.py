@@ -233,8 +233,26 @@ class Semaphore:
         world.kernel_changed()
         world.progress += 1
 
+
+class Handle:
+    """What a process has opened: closed, it must not be used any more."""
+
+    def __init__(self, semaphore: Semaphore) -> None:
+        self.semaphore, self.closed = semaphore, False
+
+    def _kernel(self) -> Semaphore:
+        if self.closed and not self.semaphore.world.over:
+            self.semaphore.world.violation("a semaphore is used after its handle was closed")
+        return self.semaphore
+
+    def acquire(self, timeout: float | None = None) -> None:
+        self._kernel().acquire(timeout)
+
+    def release(self) -> None:
+        self._kernel().release()
+
     def close(self) -> None:
-        """A handle is private."""
+        self.closed = True
 
 
 class FakePosixIpc:
@@ -247,11 +265,11 @@ class FakePosixIpc:
     def __init__(self, world: World) -> None:
         self._world = world
 
-    def Semaphore(self, path: str, flags: int = 0, mode: int = 0, value: int = 0) -> Semaphore:
+    def Semaphore(self, path: str, flags: int = 0, mode: int = 0, value: int = 0) -> Handle:
         world = self._world
         place = place_of(path)
         world.enter_kernel(f"{'make' if flags else 'open'} semaphore {place}")
-        found: Semaphore | None = world.names.get(place)
+        found = world.names.get(place)
         world.saw(found is not None)
         if flags:
             if found is not None:
@@ -260,7 +278,7 @@ class FakePosixIpc:
             world.kernel_changed()
         elif found is None:
             raise posix_ipc.ExistentialError("gone")
-        return found
+        return Handle(found)
 
     def unlink_semaphore(self, path: str) -> None:
         world = self._world

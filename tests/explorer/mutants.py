@@ -19,7 +19,7 @@ import unittest.mock
 
 from .explorer import Explorer, Report
 from .participants import Bounds
-from .scenarios import SCENARIOS
+from .table import SCENARIOS
 
 STRIPES, ENGINE = "shmsock._stripes_py", "shmsock._engine_py"
 RECOVERY, DESCRIPTORS = "shmsock.recovery", "shmsock.descriptors"
@@ -309,6 +309,39 @@ MUTANTS = [
             "Stripes._break",
             "self.cells.claims[mine] = generation << 2 | BROKEN",
             "self.cells.claims[mine] = 0",
+        ),
+    ),
+    mutant(
+        "a BROKEN process loses what it holds, as if it were dead",
+        "raise-neighbours",
+        Bounds(0, raises=1),
+        Change(*RETIRE, "self.recount(stripe, frozen)", "self.recount(stripe, {*frozen, *broken})"),
+    ),
+    mutant(
+        "an exception finds a local lock that nobody knows to be held",
+        "raise-drop",
+        Bounds(0, raises=1),
+        Change(
+            ENGINE,
+            "Engine._give_back",
+            "with self.lock:",
+            """
+            self.lock.acquire()
+            stack = contextlib.ExitStack()
+            stack.callback(self.lock.release)
+            with stack:
+            """,
+        ),
+    ),
+    mutant(
+        "half a request is rehomed",
+        "rehome",
+        Bounds(0, kills=1),
+        Change(
+            RECOVERY,
+            "Recovery.recount",
+            "rehomed = (self._columns.on_owner_death[rows] != 0) & (self._columns.busy[rows] == 0)",
+            "rehomed = self._columns.on_owner_death[rows] != 0",
         ),
     ),
     mutant(

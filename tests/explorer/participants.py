@@ -66,7 +66,9 @@ class Process:
         self.number = self.index = index
         self.world, self.module = world, engine_module
         shared = threads > 1
-        self.alive, self.fenced = True, False
+        self.alive, self.fenced, self.left = True, False, False
+        self.was_busy = False  # when it was killed
+        self.word = 0
         self.threads: list[Thread] = []
         self.idle = Thread(-1 - index, self, f"P{index}")
         self.pending: tuple[int, int] | None = None  # an OWN claim in the store buffer
@@ -78,9 +80,13 @@ class Process:
         self.recovery: typing.Any = None
         self.shared = shared
 
+    def is_participant(self) -> bool:
+        """Whether it lives, has not left and was not taken for dead."""
+        return self.alive and not self.fenced and not self.left
+
     def join(self, index: int, epoch: int) -> None:
         """Have an engine and a recovery, for the row that was registered."""
-        self.index = index
+        self.index, self.word = index, epoch << 16 | index
         world, segment = self.world, typing.cast(typing.Any, self.world.memory)
         self.engine = self.module.Engine(
             segment, self.semaphores, self.index, epoch, self.module.Reference

@@ -11,16 +11,16 @@ import dataclasses
 import typing
 
 from shmsock.descriptors import Descriptors
-from shmsock.layout import CLOSED, OPEN, OPENING, OWN
+from shmsock.layout import OWN
 
 from .memory import Private
 from .participants import Bounds
+from .programs import register, repair
 from .scene import SID, Actor, Program, Scene
 from .world import World
 
 Check = collections.abc.Callable[[], None]
 Three = tuple[Bounds, Bounds, Bounds]
-Row = tuple[str, collections.abc.Callable[[World], Check], Three, dict[str, typing.Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Scenario:
     Attributes:
         build: Fills a fresh world with processes and threads; returns the check of its end.
         bounds: For every run of the tests, for the command, and for its ``--deep``.
-        processes: Rows of the table; there is one slot, and one stripe.
+        processes: Rows of the table; there is one stripe.
         mortal: Which processes may be killed or fenced.
         interruptible: In which an exception may be raised.
     """
@@ -39,6 +39,7 @@ class Scenario:
     build: collections.abc.Callable[[World], Check]
     bounds: Three
     processes: int = 4
+    slots: int = 1
     mortal: tuple[int, ...] = (0, 1, 2, 3)
     interruptible: tuple[int, ...] = (0, 1, 2, 3)
 
@@ -85,95 +86,22 @@ def contention_3(world: World) -> Check:
     return contention(world, 3)
 
 
-# -- b: the life of a slot ----------------------------------------------------------------------
-
-
-def hold(actor: Actor) -> None:
-    """Take a reference, use it, give it back."""
-    actor.address(SID)
-    actor.use()
-    actor.close()
-
-
-def hold_failed_too(actor: Actor) -> None:
-    """As ``hold``, also when it has failed."""
-    actor.address(SID, True)
-    actor.use()
-    actor.close()
-
-
-def drop(actor: Actor) -> None:
-    """Take a reference and let a finaliser give it back."""
-    actor.address(SID)
-    actor.use()
-    actor.rest()
-    actor.references.clear()
-
-
-def fail(actor: Actor) -> None:
-    """Fail the socket."""
-    actor.set_failed(SID)
-
-
-def release(actor: Actor) -> None:
-    """Let it end when the last one lets go."""
-    actor.do("release_additional_reference", SID)
-
-
-def renew(actor: Actor) -> None:
-    """End the socket, and make one in what may be its slot."""
-    actor.set_failed(SID)
-    actor.create()
-
-
-def hold_either(actor: Actor) -> None:
-    """Use the first life or the second of a slot."""
-    for sid in (SID, SID + (2 << 32)):
-        actor.address(sid)
-        actor.use()
-        actor.close()
-
-
-def turn(actor: Actor) -> None:
-    """Write, if it is our turn."""
-    world, me = actor.world, actor.process
-    if actor.do("take_turn", SID):
-        writer = int(world.memory.raw.writer[0])
-        if writer != me.engine.word and not me.fenced and world.peek(SID)[0] == SID >> 32:
-            world.violation(f"P{me.index} has the turn, but the writer is {writer:#x}")
-        actor.do("give_turn", SID)
-
-
-def take_over(actor: Actor) -> None:
-    """Become the owner, as the receiver of a hand-over does."""
-    first = actor.world.processes[0].engine.word
-    if actor.do("change_owner", SID, first, actor.process.engine.word):
-        actor.scene.winners.append((-1, actor.process.index))
+# -- b: whatever programs there are ------------------------------------------------------------
 
 
 def plain(
-    *programs: collections.abc.Sequence[Program], ready: int = 1
+    *programs: collections.abc.Sequence[Program], ready: int = 1, rehomed: bool = False
 ) -> collections.abc.Callable[[World], Check]:
     """A scene in which each process runs the programs that are given for it, a thread each."""
 
     def build(world: World) -> Check:
-        scene = Scene(world, [max(1, len(each)) for each in programs], ready)
+        scene = Scene(world, [max(1, len(each)) for each in programs], ready, rehomed)
         for index, each in enumerate(programs):
             for program in each:
                 scene.thread(index, program)
         return scene.check
 
     return build
-
-
-def ticking(program: Program) -> Program:
-    """A program after which the timer looks: it mends what a second exception may leave."""
-
-    def run(actor: Actor) -> None:
-        program(actor)
-        actor.tick()
-
-    return run
 
 
 # -- d: what others left half done --------------------------------------------------------------
@@ -203,51 +131,6 @@ def left_behind(
         return scene.check
 
     return build
-
-
-def repair(actor: Actor) -> None:
-    """What the timer does, and then an ordinary operation."""
-    actor.tick()
-    actor.address(SID)
-    actor.close()
-
-
-def suspect(actor: Actor) -> None:
-    """Retire a stripe in which nobody died: a wrong suspicion."""
-    recovery = actor.process.recovery
-
-    def retire() -> None:
-        with recovery.arbitrated(1.0) as arbiter:
-            if arbiter:
-                recovery.retire(0)
-
-    actor.call(retire)
-
-
-def suspect_and_hold(actor: Actor) -> None:
-    """As ``suspect``, and go on there."""
-    suspect(actor)
-    hold(actor)
-
-
-def visit(actor: Actor) -> None:
-    """Take and give."""
-    actor.do("run", 0, lambda *_: 1, -1)
-
-
-def register(actor: Actor) -> None:
-    """Join while others reap, perhaps in the row of the dead."""
-    process, world = actor.process, actor.world
-
-    def join() -> None:
-        index, epoch = process.processes.register("client")
-        raw = world.memory.raw
-        if raw.claims[index].any() or raw.held[:, index].any():
-            world.violation(f"row {index} was given out, but is not clean")
-        process.join(index, epoch)
-
-    actor.call(join)
-    hold(actor)
 
 
 def registration(world: World) -> Check:
@@ -338,72 +221,3 @@ def descriptors(world: World) -> Check:
             world.violation("the descriptor of a socket that is gone was never closed")
 
     return check
-
-
-# -- the table ----------------------------------------------------------------------------------
-
-
-def bounds(*three: tuple[int, ...]) -> tuple[Bounds, Bounds, Bounds]:
-    """Switches, kills, exceptions and fences: quick, usual and deep."""
-    quick, usual, deep = (Bounds(*each) for each in three)
-    return quick, usual, deep
-
-
-PLAIN = bounds((1, 1), (2, 1), (4, 1))
-LEFT = bounds((1, 1), (2, 1), (3, 2))
-TWICE = bounds((0, 0, 2), (0, 1, 2), (1, 0, 2))
-
-LEFT_RAISE = bounds((1, 0, 1), (2, 0, 1), (2, 1, 1))
-FENCED = bounds((1, 0, 0, 1), (2, 0, 0, 1), (3, 1, 0, 1))
-THREE_LEFT = bounds((0, 1), (1, 1), (2, 2))
-
-_TABLE: list[Row] = [
-    ("take-give-2", contention_2, bounds((2, 1), (4, 1), (9, 1)), {}),
-    ("take-give-3", contention_3, bounds((0, 2), (1, 1), (2, 2)), {}),
-    ("fail-hold", plain([fail], [hold]), bounds((2, 1), (2, 1), (4, 1)), {}),
-    (
-        "fail-fail-hold",
-        plain([fail], [fail], [hold_failed_too]),
-        bounds((0, 1), (1, 1), (2, 2)),
-        {},
-    ),
-    ("release-hold", plain([release], [hold]), PLAIN, {}),
-    ("release-fail", plain([release], [fail]), PLAIN, {}),
-    ("renew-hold", plain([renew], [hold_either]), bounds((1, 1), (1, 1), (3, 1)), {}),
-    ("turns", plain([turn], [turn]), PLAIN, {}),
-    ("hand-over", plain([fail], [take_over], [take_over]), bounds((0, 1), (1, 1), (2, 2)), {}),
-    ("threads", plain([hold, hold], [fail]), bounds((1,), (1, 1), (2, 1)), {}),
-    ("threads-alone", plain([hold, hold], []), bounds((2,), (2, 1), (4, 1)), {}),
-    ("threads-drop", plain([drop, drop], [fail]), bounds((1,), (2,), (2, 1)), {}),
-    ("raise-drop", plain([drop, drop], []), bounds((0, 0, 1), (1, 0, 1), (2, 0, 1)), {}),
-    ("raise-hold", plain([hold], [fail]), bounds((1, 0, 1), (2, 0, 1), (2, 1, 1)), {}),
-    ("raise-fail", plain([fail], [hold]), bounds((1, 0, 1), (2, 0, 1), (2, 1, 1)), {}),
-    ("raise-kill", plain([hold], [fail]), bounds((0, 1, 1), (0, 1, 1), (1, 1, 1)), {}),
-    ("raise-twice", plain([ticking(hold)], [fail]), TWICE, {"interruptible": (0,)}),
-    ("raise-renew", plain([ticking(renew)], [fail]), TWICE, {"interruptible": (0,)}),
-    ("raise-release", plain([ticking(release)], [hold]), TWICE, {"interruptible": (0,)}),
-    (
-        "raise-threads",
-        plain([hold, hold], [fail]),
-        bounds((0, 0, 1), (1, 0, 1), (2, 1, 1)),
-        {"interruptible": (0,)},
-    ),
-    ("raise-repair", left_behind((1, OPEN), 0, repair, hold), LEFT_RAISE, {}),
-    ("died-inside", left_behind((1, OPEN), 0, repair, hold), LEFT, {}),
-    ("died-closed", left_behind((2, CLOSED), 0, repair, repair), LEFT, {}),
-    ("died-opening", left_behind((2, OPENING), 0, repair, repair), LEFT, {}),
-    ("died-opened", left_behind((2, OPENING), 1, repair, repair), LEFT, {}),
-    ("died-and-three", left_behind((2, CLOSED), 0, repair, repair, hold), THREE_LEFT, {}),
-    ("suspicion", plain([hold], [suspect_and_hold]), bounds((1, 1), (2, 1), (4, 1)), {}),
-    ("suspicion-stranger", plain([], [visit], [suspect]), bounds((1, 1), (2, 1), (3, 2)), {}),
-    (
-        "fenced",
-        plain([hold], [hold]),
-        bounds((1, 0, 0, 1), (2, 0, 0, 1), (3, 1, 0, 1)),
-        {"mortal": (0,)},
-    ),
-    ("registration", registration, bounds((0, 1), (1, 1), (2, 2)), {}),
-    ("descriptors", descriptors, bounds((2,), (3,), (5,)), {}),
-]
-
-SCENARIOS = [Scenario(name, build, three, **more) for name, build, three, more in _TABLE]

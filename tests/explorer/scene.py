@@ -117,9 +117,16 @@ class Actor:
 class Scene:
     """The processes of one run, and the checks at its end."""
 
-    def __init__(self, world: World, threads: collections.abc.Sequence[int], ready: int) -> None:
+    def __init__(
+        self,
+        world: World,
+        threads: collections.abc.Sequence[int],
+        ready: int,
+        rehomed: bool = False,
+    ) -> None:
         """``threads`` of each process; ``ready`` sockets are made by process 0."""
         self.world = world
+        self.rehomed = rehomed
         self.failed: set[int] = set()
         self.winners: list[tuple[int, int]] = []
         self.created: list[int] = []
@@ -130,7 +137,8 @@ class Scene:
         world.current = first.idle
         for _ in range(ready):
             first.engine._next_stripe = -1
-            first.engine.create(first.module.NewSocket(owner=first.engine.word))
+            new = first.module.NewSocket(owner=first.engine.word, on_owner_death=int(rehomed))
+            first.engine.create(new)
 
     def thread(self, index: int, program: Program) -> Actor:
         """One more thread of process ``index``."""
@@ -145,7 +153,11 @@ class Scene:
     # -- the end --------------------------------------------------------------------------------
 
     def survivors(self) -> list[Process]:
-        return [each for each in self.world.processes if each.alive and not each.fenced]
+        return [
+            each
+            for each in self.world.processes
+            if each.alive and not each.fenced and not each.left
+        ]
 
     def check(self) -> None:
         """Those who live repair what the dead left; then the books balance and all can be used."""
@@ -170,6 +182,7 @@ class Scene:
                 self.world.violation(f"P{process.index} still counts a reference after the last")
         self.audit()
         self._check_known()
+        self._check_rehomed()
         self._check_winners()
         self._check_usable()
 
@@ -213,6 +226,16 @@ class Scene:
             sid = int(raw.versioned_ref[slot]) >> 32 << 32 | slot
             if state == LIVE and sid not in self.created and sid != SID | slot and told:
                 self.world.violation(f"{sid:#x} is live, and nobody made it")
+
+    def _check_rehomed(self) -> None:
+        """A socket whose owner died goes on elsewhere if it was idle, and fails if it was busy."""
+        first = self.world.processes[0]
+        if not self.rehomed or first.alive:
+            return
+        live = self.world.peek(SID)[0] == SID >> 32
+        adopted = any(sid == -1 for sid, _ in self.winners)
+        if live == first.was_busy or (adopted and not live):
+            self.world.violation(f"was busy: {first.was_busy}, lives: {live}, adopted: {adopted}")
 
     def _check_winners(self) -> None:
         for sid in {sid for sid, _ in self.winners}:

@@ -209,6 +209,7 @@ class World:
         self.tried["kill"] += 1
         self.drain_own(process)
         process.alive = False
+        process.was_busy = bool(self.memory.raw.busy.any())
         for thread in process.threads:
             thread.dead = True
             for inside in self.inside:
@@ -387,7 +388,7 @@ class World:
                 rested = thread.status == NAPS and thread.napped_at != self.progress
                 seen.append((thread.digest, thread.status, rested))
         for process in self.processes:
-            seen.append((process.alive, process.fenced))
+            seen.append((process.alive, process.fenced, process.left, process.was_busy))
             if process.shared and process.alive and process is not without:
                 seen.append(process.counts())
         return hash(tuple(seen))
