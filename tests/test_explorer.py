@@ -64,6 +64,21 @@ def explore(
     return Explorer(scenario, bounds, _engine_py).explore()
 
 
+@pytest.mark.parametrize("bounds", [Bounds(2), Bounds(1, kills=1)], ids=str)
+def test_what_is_left_out_leads_nowhere_new(bounds: Bounds) -> None:
+    """Runs that stop at a state seen before: without them the same ends are reached."""
+    (scenario,) = [each for each in SCENARIOS if each.name == "take-give-2"]
+    ends = []
+    for prune in (True, False):
+        explorer = Explorer(scenario, bounds, _engine_py, prune=prune)
+        report = explorer.explore()
+        assert report.complete, str(report)
+        ends.append((explorer.ends, report.schedules))
+    assert ends[0][0] == ends[1][0]
+    assert len(ends[0][0]) > 1
+    assert ends[0][1] < ends[1][1]
+
+
 def test_killed_thread_runs_no_finally() -> None:
     ended = []
 

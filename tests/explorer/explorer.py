@@ -80,8 +80,12 @@ class Report:
 class Explorer:
     """Explores one scenario."""
 
-    def __init__(self, scenario: Scenario, bounds: Bounds, engine_module: typing.Any) -> None:
-        self.scenario, self.bounds = scenario, bounds
+    def __init__(
+        self, scenario: Scenario, bounds: Bounds, engine_module: typing.Any, *, prune: bool = True
+    ) -> None:
+        """Without ``prune`` no run stops at a state that was seen: for a test of just that."""
+        self.scenario, self.bounds, self.prune = scenario, bounds, prune
+        self.ends: set[int] = set()  # what the runs came to, before the survivors repair
         self.world = World(Layout(scenario.slots, scenario.processes, 1), engine_module)
         self.world.consider, self.world.choose = self._consider, self._choose
         self._visited: dict[int, int] = {}
@@ -126,6 +130,7 @@ class Explorer:
             check = self.scenario.build(world)
             world.run()
             if not world.pruned:
+                self.ends.add(hash((world.shared_hash(), world.threads_hash())))
                 check()
         except Exception as error:
             return f"{type(error).__name__}: {error}"
@@ -155,7 +160,7 @@ class Explorer:
         """Whether a state was seen with as many switches left; it is now."""
         left = self.world.switches
         if self._visited.get(key, -1) >= left:
-            return True
+            return self.prune
         self._visited[key] = left
         return False
 
