@@ -163,9 +163,11 @@ class Stripes:
                 return CONTENDED
             if cells.row_state[self.index] != self._row_word:
                 # Fenced, with a good token: post it, or the stripe would be stuck with no claim.
+                # WHY NOT raise here: ``_break`` would speak for a row that may have a new tenant by
+                # then. The next try looks at the row first, and raises.
                 semaphore.release()
                 claims[mine] = 0
-                return self._check_participation()
+                return CONTENDED
             result = body(slot, argument)
             # ORDER: post, then clear. The other way round a kill between would leave a taken token
             # that no claim speaks of.

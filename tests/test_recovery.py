@@ -15,7 +15,7 @@ import pytest
 
 import shmsock
 from shmsock import recovery as recovery_module
-from shmsock.errors import StripeTimeoutError, TableFullError
+from shmsock.errors import ClosedError, StripeTimeoutError, TableFullError
 from shmsock.layout import BROKEN, CLOSED, FREE, LIVE, OPEN, OPENING, OWN, REAPING, RECYCLING, WANT
 
 from .helpers import Column, Forked, Member, Steps, die, wait_until
@@ -458,6 +458,37 @@ def test_want_is_never_stored_over_a_leftover_claim(table: Member) -> None:
     table.cells.claims = typing.cast(Watched, table.cells.claims)._column
     assert written[:3] == [(0, BROKEN), (0, 0), (0, WANT)]
     assert table.cells.ctl[0] >> 2 == 2
+    assert_sound(table)
+
+
+def test_fenced_process_does_not_speak_for_the_next_tenant_of_its_row(
+    table: Member, other: Member
+) -> None:
+    """It was inside take when it was fenced, reaped, and its row given to somebody else."""
+    sid = table.new()
+    mine = other.index * table.layout.stripes + (sid & SLOT) // table.layout.block
+    claims, row = table.cells.claims, other.cells.row_state[other.index]
+    held = (sid & SLOT) * table.layout.processes + other.index
+
+    class Watched(Column):
+        def __setitem__(self, key: int, value: int) -> None:
+            claims[key] = value
+            if value & 3 == OWN:
+                table.processes.fence(other.index)
+            elif value == 0:  # the last store of the old tenant; the new one is inside
+                table.cells.row_state[other.index] = row + (1 << 8)
+                table.cells.held[held] = 1
+                claims[key] = 1 << 2 | OWN
+
+    before = other.cells.claims
+    other.cells.claims = typing.cast(typing.Any, Watched(claims, lambda: None))
+    with pytest.raises(ClosedError):
+        other.engine.address(sid)
+    other.cells.claims = before
+    assert claims[mine] == 1 << 2 | OWN
+    assert table.cells.held[held] == 1
+    claims[mine] = table.cells.held[held] = 0
+    table.cells.row_state[other.index] = row
     assert_sound(table)
 
 

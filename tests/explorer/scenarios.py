@@ -15,7 +15,7 @@ from shmsock.layout import OWN
 
 from .memory import Private
 from .participants import Bounds
-from .programs import register, repair
+from .programs import register, repair, visit
 from .scene import SID, Actor, Program, Scene
 from .world import World
 
@@ -131,6 +131,16 @@ def left_behind(
         return scene.check
 
     return build
+
+
+def fenced_tenant(world: World) -> Check:
+    """P1 lives and is taken for dead; P0 reaps it, and P2 joins in its row."""
+    scene = Scene(world, [1, 1], 1)
+    world.add_process(registered=False)
+    scene.thread(0, Actor.tick)
+    scene.thread(1, visit)
+    scene.thread(2, register)
+    return scene.check
 
 
 def registration(world: World) -> Check:

@@ -37,6 +37,7 @@ from .scenarios import (
     contention_2,
     contention_3,
     descriptors,
+    fenced_tenant,
     left_behind,
     plain,
     registration,
@@ -58,6 +59,7 @@ TWICE = bounds((0, 0, 2), (0, 1, 2), (1, 0, 2))
 
 LEFT_RAISE = bounds((1, 0, 1), (2, 0, 1), (2, 1, 1))
 FENCED = bounds((1, 0, 0, 1), (2, 0, 0, 1), (3, 1, 0, 1))
+TENANT = bounds((0, 0, 0, 1), (1, 0, 0, 1), (2, 0, 0, 1))
 THREE_LEFT = bounds((0, 1), (1, 1), (2, 2))
 
 NEAR = bounds((0, 0, 1), (1, 0, 1), (2, 1, 1))
@@ -102,6 +104,7 @@ _TABLE: list[Row] = [
     ("died-and-three", left_behind((2, CLOSED), 0, repair, repair, hold), THREE_LEFT, {}),
     ("suspicion", plain([hold], [suspect_and_hold]), bounds((1, 1), (2, 1), (4, 1)), {}),
     ("suspicion-stranger", plain([], [visit], [suspect]), bounds((1, 1), (2, 1), (3, 2)), {}),
+    ("suspicion-own", plain([suspect, hold], [fail]), bounds((0, 1), (1, 1), (2, 1)), {}),
     ("leaving", plain([leave], [hold], []), bounds((0, 1), (1, 1), (3, 1)), {"mortal": (0, 1)}),
     ("leaving-2", plain([leave], [leave], []), bounds((0, 1), (1, 1), (2, 2)), {"mortal": (0, 1)}),
     ("rehome", plain([serve], [adopt], [adopt], rehomed=True), bounds((1, 1), (1, 1), (2, 2)), {}),
@@ -116,6 +119,7 @@ _TABLE: list[Row] = [
         bounds((1, 0, 0, 1), (2, 0, 0, 1), (3, 1, 0, 1)),
         {"mortal": (0,)},
     ),
+    ("fenced-tenant", fenced_tenant, TENANT, {"mortal": (1,), "processes": 3}),
     ("registration", registration, bounds((0, 1), (1, 1), (2, 2)), {}),
     ("descriptors", descriptors, bounds((2,), (3,), (5,)), {}),
 ]
