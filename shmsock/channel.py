@@ -204,6 +204,11 @@ class Link:
         """Whether the connection is over."""
         return self.sock.fileno() < 0
 
+    @property
+    def unsent(self) -> int:
+        """How many messages wait for the peer."""
+        return len(self._queue)
+
     def tell(self, kind: int, ids: collections.abc.Iterable[int], code: int = 0) -> bool:
         """Send, or queue behind what waits; false when the queue is full and it was dropped."""
         ids = list(ids)

@@ -11,6 +11,7 @@ The cache is keyed by SocketId, never by slot, and an entry is no reference.
 
 A missing descriptor is fetched from the host at first use, over a connection of its own that one
 thread has for one exchange: a fetch waits for the host alone, also in a dispatcher's callback.
+While there is no host it is asked of the socket's owner, then of everybody (``peers``).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import os
 import resource
 import select
 import socket
+import threading
 import time
 
 import numpy as np
@@ -32,6 +34,7 @@ from . import channel
 from .engine import Engine
 from .errors import DescriptorError
 from .layout import KIND_NAMES, LIVE, SLOT_BITS, SLOT_MASK
+from .peers import Peers, dial, has_moved_on
 from .segment import Segment
 from .service import Service
 from .store import Store, shut_down
@@ -39,8 +42,11 @@ from .store import Store, shut_down
 log = logging.getLogger("shmsock")
 
 FETCH_TIMEOUT_S = 5.0
+_REFUSED_FOR_S = 0.1  # the creator of what everybody refuses may be between two lines
+_DRIVE_EVERY_S = 0.01
+_LOST_AFTER = 5  # looks, one a second
 _LISTENER = KIND_NAMES.index("listener")
-_RECONNECT_S = 0.02, 0.5
+_RECONNECT_S = 0.02, 0.1
 
 
 class Entry:
@@ -98,6 +104,11 @@ def peer_of(sock: socket.socket) -> str:
     return f"unix:{text.lstrip(chr(0)) or '-'}"
 
 
+def _is_gone(error: Exception) -> bool:
+    """Whether an error of talking to the host says that there is none."""
+    return isinstance(error, ConnectionError | FileNotFoundError)
+
+
 class Descriptors:
     """The cache, the way to the host, and what failing does to a descriptor."""
 
@@ -110,7 +121,8 @@ class Descriptors:
         self.on_hang_up: collections.abc.Callable[[int], None] | None = None
         # Called with a socket of ours whose descriptor nobody has any more.
         self.on_lost: collections.abc.Callable[[int], object] = lambda sid: None
-        self._missed: dict[int, float] = {}
+        self._missed: dict[int, int] = {}  # how many looks the host answered and did not give it
+        self._answered = 0
         self._segment = segment
         self._cells = segment.cells
         self._engine = engine
@@ -123,6 +135,9 @@ class Descriptors:
         self._link: channel.Link | None = None
         self._closed = False
         self._wants_link = False  # whether the timer should connect again
+        self._linking = threading.RLock()
+        self._connecting, self._delay_s = False, _RECONNECT_S[0]
+        self.peers = Peers(segment, self._hello, self._fd_of, self._told_failed)
         engine.let_go = self._let_go
 
     # -- using a descriptor ---------------------------------------------------------------------
@@ -199,19 +214,47 @@ class Descriptors:
             for sid in sids:
                 self._fetch_here(self.store, sid, deadline)
             return
-        while True:
+        refused_since, nap_s = 0.0, 0.001
+        while sids:
             # An idle connection may be one that an earlier host closed: then try a new one.
             reused = bool(self._idle_fetchers)
             try:
-                self._exchange(sids, deadline)
+                self._drive_puts()
+                self._ask_host(sids, deadline)
                 return
-            except (OSError, channel.BadMessageError) as error:
-                if not reused or time.monotonic() >= deadline:
-                    raise DescriptorError(
-                        f"the host of runtime {self._segment.name!r} gave no descriptor: {error}; "
-                        "see `shmsock ps` whether it runs"
-                    ) from error
-            sids = [sid for sid in sids if sid not in self._entries]
+            except (OSError, channel.BadMessageError) as failure:
+                error: Exception = failure
+            now = time.monotonic()
+            sids = [sid for sid in sids if self._is_missing(sid)]
+            if reused and now < deadline:
+                continue
+            if sids and _is_gone(error):
+                sids, hopeful = self._ask_peers(sids, deadline)
+                refused_since = 0.0 if hopeful else refused_since or now
+                if now < deadline and (hopeful or now - refused_since < _REFUSED_FOR_S):
+                    time.sleep(nap_s)
+                    nap_s = min(2 * nap_s, 0.02)
+                    continue
+            if sids:
+                raise DescriptorError(
+                    f"the host of runtime {self._segment.name!r} gave no descriptor: {error}; "
+                    "see `shmsock ps` whether it runs"
+                ) from error
+
+    def _is_missing(self, sid: int) -> bool:
+        return sid not in self._entries and not has_moved_on(self._segment, sid)
+
+    def _ask_peers(self, sids: list[int], deadline: float) -> tuple[list[int], set[int]]:
+        """There is no host: ask the others; what is missing still, and what may still come.
+
+        Whoever waits here opens its own door first: somebody who has ours to ask for may be waiting
+        for us, and the loop that would open it may be what called.
+        """
+        if self._wants_link:
+            self.peers.open()
+        hopeful = self.peers.ask(sids, deadline, self._exchange, self._entries.__contains__)
+        missing = [sid for sid in sids if self._is_missing(sid)]
+        return missing, hopeful.intersection(missing)
 
     def _fetch_here(self, store: Store, sid: int, deadline: float) -> None:
         """In the host: duplicate what the store has; a put that is on the way is waited for."""
@@ -226,47 +269,66 @@ class Descriptors:
         elif self._cells.versioned_ref[sid & SLOT_MASK] >> SLOT_BITS == sid >> SLOT_BITS:
             raise DescriptorError("its creator has not handed the descriptor to the host yet")
 
-    def _exchange(self, sids: list[int], deadline: float) -> None:
+    def _ask_host(self, sids: list[int], deadline: float) -> None:
         try:
             sock = self._idle_fetchers.pop()
         except IndexError:
-            sock = self._connect(1)
+            sock = self._dial_host(1, max(0.001, deadline - time.monotonic()))
         try:
-            channel.send(sock, channel.GET, sids, flags=0)
-            wanted = set(sids)
-            while wanted:
-                sock.settimeout(max(0.001, deadline - time.monotonic()))
-                message = channel.receive(sock, 0)
-                if message is None:
-                    raise ConnectionError("the host hung up")
-                wanted.difference_update(message.ids)
-                for sid, fd in zip(message.ids, message.descriptors, strict=False):
-                    self._arrived(sid, fd)
-                if message.type == channel.GOT and len(message.descriptors) < len(message.ids):
-                    raise DescriptorError(
-                        "this process is out of descriptors: raise its open-files limit (ulimit -n)"
-                    )
+            self._exchange(sock, sids, deadline)
         except BaseException:
             sock.close()  # an answer that comes late must not meet the next question
             raise
         self._idle_fetchers.append(sock)
 
-    def _connect(self, purpose: int) -> socket.socket:
+    def _exchange(self, sock: socket.socket, sids: list[int], deadline: float) -> None:
+        """Send GET and receive until every id was answered for."""
+        channel.send(sock, channel.GET, sids, flags=0)
+        wanted = set(sids)
+        while wanted:
+            message = self._receive(sock, deadline)
+            if message is None:
+                raise ConnectionResetError("it hung up")
+            wanted.difference_update(message.ids)
+            for sid, fd in zip(message.ids, message.descriptors, strict=False):
+                self._arrived(sid, fd)
+            if message.type == channel.GOT and len(message.descriptors) < len(message.ids):
+                raise DescriptorError(
+                    "this process is out of descriptors: raise its open-files limit (ulimit -n)"
+                )
+
+    def _receive(self, sock: socket.socket, deadline: float) -> channel.Message | None:
+        """Wait for an answer; what others may be waiting for from us goes on meanwhile.
+
+        We may be the loop that sends our own puts, and whoever answers us may need one of them:
+        two dispatchers that fetch each other's new sockets must not wait for each other.
+        """
+        poller = select.poll()
+        poller.register(sock.fileno(), select.POLLIN)
+        while True:
+            left_s = max(0.001, deadline - time.monotonic())
+            link = self._link
+            queued = link is not None and not link.closed and link.unsent
+            if poller.poll(1000 * (min(left_s, _DRIVE_EVERY_S) if queued else left_s)):
+                return channel.receive(sock)
+            if time.monotonic() >= deadline:
+                raise TimeoutError(errno.ETIMEDOUT, "it did not answer in time")
+            self._drive_puts()
+
+    def _drive_puts(self) -> None:
+        """Send what waits for the host, connecting to it if that is still to be done."""
+        link = self._link
+        if link is not None and not link.closed:
+            link.flush()
+        elif self._wants_link:
+            self.connect()
+
+    def _dial_host(self, purpose: int, timeout_s: float) -> socket.socket:
         """Connect to the host and say who we are."""
         address = self._segment.control_address()
         if not address:
-            raise ConnectionError("there is no host")
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            sock.settimeout(FETCH_TIMEOUT_S)
-            sock.connect(address)
-            if channel.peer_uid(sock) != os.geteuid():
-                raise PermissionError(errno.EPERM, "the host is another user's", address)
-            channel.send(sock, channel.HELLO, self._hello, code=purpose, flags=0)
-        except BaseException:
-            sock.close()
-            raise
-        return sock
+            raise ConnectionRefusedError("there is no host")
+        return dial(address, self._hello, purpose, timeout_s)
 
     def _arrived(self, sid: int, fd: int) -> None:
         """Cache a received descriptor if it is what its slot says."""
@@ -340,13 +402,24 @@ class Descriptors:
             try:
                 sock = self._idle_fetchers.pop()
             except IndexError:
-                sock = self._connect(1)
+                sock = self._dial_host(1, 0)
             channel.send(sock, channel.FAILED, [sid])
-        except OSError:
+        except OSError as error:
             if sock is not None:
                 sock.close()
+            if _is_gone(error) and sid not in self._entries:
+                self.peers.tell_failed(sid)
         else:
             self._idle_fetchers.append(sock)
+
+    def _told_failed(self, sid: int) -> None:
+        """Another process failed a socket and had no descriptor to shut down: we have."""
+        if has_moved_on(self._segment, sid):
+            with self._engine.lock:
+                entry = self._entries.get(sid)
+                if entry is not None:
+                    shut_down(entry.sock)
+            self._service.call_soon(functools.partial(self._hung_up, sid))
 
     def _evict(self) -> None:
         """Over the bound: close the least recently used that nobody is using."""
@@ -376,6 +449,8 @@ class Descriptors:
         shift = np.uint64(SLOT_BITS)
         versions = self._segment.columns.versioned_ref[ids & np.uint64(SLOT_MASK)] >> shift
         for sid in ids[versions != ids >> shift].tolist():
+            if self.peers.is_open:  # no host's sweep ends the connection
+                self._told_failed(sid)
             self._moved_on(sid)
 
     # -- the process's channel ------------------------------------------------------------------
@@ -388,6 +463,7 @@ class Descriptors:
                 self.store.keep(sid, wrap(os.dup(entry.fd)))
                 entry.put = True
             return
+        self._wants_link = True
         link = self._link
         if link is None or link.closed or not link.tell(channel.PUT, [sid]):
             self._service.call_soon(lambda: self._put([sid]))
@@ -399,16 +475,22 @@ class Descriptors:
             link.tell(channel.PUT, sids)
 
     def connect(self) -> channel.Link | None:
-        """The channel to the host, in the service loop; None while there is no host."""
-        if self.store is not None:
+        """The channel to the host; None while there is no host. Never waits; from any thread."""
+        if self.store is not None or self._closed:
             return None
         self._wants_link = True
-        if self._link is None or self._link.closed:
+        with self._linking:
+            if self._link is not None and not self._link.closed:
+                return self._link
             try:
-                sock = self._connect(0)
-            except OSError:
+                sock = self._dial_host(0, 0)
+            except OSError as error:
+                if _is_gone(error):
+                    self.peers.open()
+                self._connect_later()
                 return None
             sock.setblocking(False)
+            self._delay_s = _RECONNECT_S[0]
             service = self._service
             self._link = channel.Link(
                 sock, service.watch, service.unwatch, self._fd_of, self._hear, self._lost
@@ -417,21 +499,32 @@ class Descriptors:
             missing = [sid for sid, entry in list(self._entries.items()) if not entry.put]
             if missing:
                 self._link.tell(channel.PUT, missing)
+        # In the loop: closing waits for the door's thread, which may be what connected.
+        self._service.call_soon(self._shut_door)
         return self._link
+
+    def _shut_door(self) -> None:
+        if self._link is not None and not self._link.closed:
+            self.peers.shut()
 
     def _lost(self, _: channel.Link) -> None:
         """The host hung up: it died, or left. Whoever follows it is given everything again."""
+        if self._closed:
+            return
         for entry in list(self._entries.values()):
             entry.put = False
-        self._reconnect(_RECONNECT_S[0])
+        self._service.call_soon(self.connect)
 
-    def _reconnect(self, delay_s: float) -> None:
-        def again() -> None:
-            if not self._closed and self.connect() is None:
-                self._reconnect(min(2 * delay_s, _RECONNECT_S[1]))
+    def _connect_later(self) -> None:
+        """Look for a host again, more seldom each time; one timer a process."""
+        if not self._connecting and not self._closed:
+            self._connecting = True
+            delay_s, self._delay_s = self._delay_s, min(2 * self._delay_s, _RECONNECT_S[1])
+            self._service.call_later(delay_s, self._connect_again)
 
-        if not self._closed:
-            self._service.call_later(delay_s, again)
+    def _connect_again(self) -> None:
+        self._connecting = False
+        self.connect()
 
     def tick(self) -> None:
         """Once a second, in the service loop."""
@@ -445,33 +538,40 @@ class Descriptors:
                 link.tell(channel.PUT, late)
             elif link is not None:
                 link.flush()
+            self._shut_door()  # a fetch may have opened it after the host was back
 
     def claim_unknown(self) -> None:
-        """Ask for the sockets that are ours in the table and that nobody has told us about.
+        """Ask for what the table says should be here and that nobody has told us about.
 
-        A new owner is told by a message, which may be lost with its sender; the owner word is the
-        truth. What the host cannot give within five seconds is lost for good, and fails.
+        That is the sockets that are ours, and every listener that outlives its owner. The messages
+        that bring them (PASS, KEEP) may be lost with their sender, dropped by a full queue, or
+        arrive without their descriptors; the table is the truth. What is ours, and what a host that
+        answers could not give at five looks, is lost for good, and fails.
         """
         link, columns = self._link, self._segment.columns
         if link is None or link.closed:
             return
-        mine = (columns.owner == self._engine.word) & (columns.state == LIVE)
+        mine = columns.owner == self._engine.word
+        kept = (columns.kind == _LISTENER) & (columns.on_owner_death != 0)
         versions = columns.versioned_ref >> np.uint64(SLOT_BITS)
-        rows = np.flatnonzero(mine & ((versions & np.uint64(1)) == 0)).tolist()
+        even = (versions & np.uint64(1)) == 0
+        rows = np.flatnonzero((mine | kept) & even & (columns.state == LIVE)).tolist()
         unknown = {
             sid
             for row in rows
             if (sid := int(versions[row]) << SLOT_BITS | row) not in self._entries
         }
-        now = time.monotonic()
-        self._missed = {sid: self._missed.get(sid, now) for sid in unknown}
         # A hand-over may be under way to us: what is still missing at the next look is asked for.
-        asked = [sid for sid, since in self._missed.items() if since < now]
-        lost = [sid for sid in asked if now - self._missed[sid] > FETCH_TIMEOUT_S]
+        asked = [sid for sid in unknown if sid in self._missed]
+        self._missed = {sid: self._missed.get(sid, 0) + self._answered for sid in unknown}
+        self._answered = 0
+        for sid in asked:
+            if self._missed[sid] > _LOST_AFTER and mine[sid & SLOT_MASK]:
+                self.on_lost(sid)
         if asked:
-            link.tell(channel.GET, asked)
-        for sid in lost:
-            self.on_lost(sid)
+            # No id is 0: its refusal says that the host has seen what stands before it. A host that
+            # is stopped answers nothing, and nothing is lost by that.
+            link.tell(channel.GET, [*asked, 0])
 
     def _fd_of(self, sid: int) -> int:
         entry = self._entries.get(sid)
@@ -489,7 +589,11 @@ class Descriptors:
             for sid, fd in zip(message.ids, message.descriptors, strict=False):
                 self._arrived(sid, fd)
             if self.on_arrival is not None:
-                self.on_arrival(list(message.ids[: len(message.descriptors)]))
+                came = message.ids[: len(message.descriptors)]
+                owner, mine = self._cells.owner, self._engine.word
+                self.on_arrival([sid for sid in came if owner[sid & SLOT_MASK] == mine])
+        elif message.type == channel.GET_NO:
+            self._answered |= 0 in message.ids
         elif message.type == channel.KEEP:
             for sid, fd in zip(message.ids, message.descriptors, strict=False):
                 self._arrived(sid, fd)
@@ -513,12 +617,14 @@ class Descriptors:
     def close(self) -> None:
         """Close the channel and every cached descriptor; nothing is shut down."""
         self._closed = True
+        self.peers.close()
         if self._link is not None:
             self._link.close()
         self.forget()
 
     def forget(self) -> None:
         """Close every number and touch no epoll; for a forked child, and at the end."""
+        self.peers.forget()
         if self._link is not None:
             self._link.sock.close()
         while self._idle_fetchers:

@@ -44,6 +44,7 @@ from .layout import (
     SLOT_BITS,
     SLOT_MASK,
 )
+from .peers import forget_name
 from .processes import ARBITER, Processes, barrier
 from .segment import Segment, Semaphores
 
@@ -311,6 +312,7 @@ class Recovery:
                 complete &= self.retire(stripe)
         if not complete or self._columns.claims[index].any():
             return False
+        forget_name(self._segment.name, word)
         self._processes.free(index)
         self.counters["reaped"] += 1
         log.info("%s was reaped", who)

@@ -145,6 +145,7 @@ class Runtime(View):
         self._io.writers = self._writers
         self._engine.io = self._io
         self._engine.repair = self._repair_stripe
+        self._descriptors.peers.is_alive = self._processes.is_alive
         self._descriptors.on_hang_up = self._hung_up
         self._descriptors.on_arrival = self._arrived
         self._descriptors.on_lost = lambda sid: self._io.set_failed(

@@ -67,7 +67,8 @@ class Store:
         # Called with the ids whose hand-over did not arrive.
         self.on_refused: collections.abc.Callable[[int, tuple[int, ...]], None] | None = None
         # Random, so that nobody can sit on the name beforehand.
-        self.address = f"{run_directory(segment.name)}/control-{secrets.token_hex(8)}"
+        # No longer: with the longest name of a runtime it must fit ADDRESS_BYTES.
+        self.address = f"{run_directory(segment.name)}/control-{secrets.token_hex(5)}"
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.setblocking(False)
         self._listener.bind(self.address)

@@ -335,11 +335,9 @@ def test_what_this_process_owns_or_dispatches_is_never_evicted(runtime: shmsock.
         assert runtime._descriptors.peek(watched) is None
 
 
-def test_without_a_living_host_a_new_descriptor_cannot_be_had_but_cached_ones_work(
-    name: str,
-) -> None:
+def test_without_a_living_host_only_what_nobody_has_cannot_be_written_to(name: str) -> None:
     with Peer() as host:
-        host.run(f"import shmsock; rt = shmsock.Runtime.create({name!r}, slots=64)")
+        host.run(f"import shmsock, socket; rt = shmsock.Runtime.create({name!r}, slots=64)")
         with Peer(name) as owner, shmsock.Runtime.attach(name) as runtime:
             owner.run(
                 """
@@ -349,14 +347,21 @@ def test_without_a_living_host_a_new_descriptor_cannot_be_had_but_cached_ones_wo
                 """
             )
             known, unknown = owner.ask("ids")
+            lost = host.ask(
+                f"rt.create_socket(socket.socketpair()[0], owner={owner.ask('rt.index')},"
+                " on_owner_death='rehome')"
+            )
             with runtime.address(known) as reference:  # type: ignore[union-attr]
                 reference.fileno()
             host.kill()
             with runtime.address(known) as reference:  # type: ignore[union-attr]
                 reference.write(b"still")
             assert owner.ask("pairs[0][1].recv(10).decode()") == "still"
+            with runtime.address(unknown) as reference:  # type: ignore[union-attr]
+                reference.write(b"first")
+            assert owner.ask("pairs[1][1].recv(10).decode()") == "first"
             with (
-                runtime.address(unknown) as reference,  # type: ignore[union-attr]
+                runtime.address(lost) as reference,  # type: ignore[union-attr]
                 pytest.raises(shmsock.DescriptorError, match="shmsock ps"),
             ):
                 reference.write(b"no")

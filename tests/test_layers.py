@@ -25,6 +25,7 @@ RANK = {
     "_stripes_py": 3,
     "_engine_py": 4,
     "engine": 5,
+    "peers": 4,
     "recovery": 6,
     "mending": 7,
     "inspection": 8,
