@@ -42,6 +42,7 @@ from .store import Store, shut_down
 log = logging.getLogger("shmsock")
 
 FETCH_TIMEOUT_S = 5.0
+_SILENT_FOR_S = 2.0  # how long an owner may take to answer while there is no host
 _REFUSED_FOR_S = 0.1  # the creator of what everybody refuses may be between two lines
 _DRIVE_EVERY_S = 0.01
 _LOST_AFTER = 5  # looks, one a second
@@ -214,7 +215,7 @@ class Descriptors:
             for sid in sids:
                 self._fetch_here(self.store, sid, deadline)
             return
-        refused_since, nap_s = 0.0, 0.001
+        hostless_since, nap_s = 0.0, 0.001
         while sids:
             # An idle connection may be one that an earlier host closed: then try a new one.
             reused = bool(self._idle_fetchers)
@@ -229,9 +230,12 @@ class Descriptors:
             if reused and now < deadline:
                 continue
             if sids and _is_gone(error):
-                sids, hopeful = self._ask_peers(sids, deadline)
-                refused_since = 0.0 if hopeful else refused_since or now
-                if now < deadline and (hopeful or now - refused_since < _REFUSED_FOR_S):
+                hostless_since = hostless_since or now
+                patience = min(deadline, hostless_since + _SILENT_FOR_S)
+                sids, silent, refused = self._ask_peers(sids, patience)
+                if refused and not silent:
+                    patience = hostless_since + _REFUSED_FOR_S
+                if (silent or refused) and time.monotonic() < patience:
                     time.sleep(nap_s)
                     nap_s = min(2 * nap_s, 0.02)
                     continue
@@ -244,17 +248,16 @@ class Descriptors:
     def _is_missing(self, sid: int) -> bool:
         return sid not in self._entries and not has_moved_on(self._segment, sid)
 
-    def _ask_peers(self, sids: list[int], deadline: float) -> tuple[list[int], set[int]]:
-        """There is no host: ask the others; what is missing still, and what may still come.
+    def _ask_peers(self, sids: list[int], deadline: float) -> tuple[list[int], set[int], set[int]]:
+        """There is no host: ask the others; what is missing still, and what of it may come.
 
         Whoever waits here opens its own door first: somebody who has ours to ask for may be waiting
         for us, and the loop that would open it may be what called.
         """
         if self._wants_link:
             self.peers.open()
-        hopeful = self.peers.ask(sids, deadline, self._exchange, self._entries.__contains__)
-        missing = [sid for sid in sids if self._is_missing(sid)]
-        return missing, hopeful.intersection(missing)
+        asked = self.peers.ask(sids, deadline, self._exchange, self._entries.__contains__)
+        return [sid for sid in sids if self._is_missing(sid)], *asked
 
     def _fetch_here(self, store: Store, sid: int, deadline: float) -> None:
         """In the host: duplicate what the store has; a put that is on the way is waited for."""

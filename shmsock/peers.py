@@ -155,11 +155,18 @@ class Door:
             link.tell(channel.GOT, here)
             gone = [sid for sid in message.ids if sid not in here]
             link.tell(channel.GET_NO, gone, errno.ENOENT)
+            self._push(link)
         elif message.type == channel.FAILED:
             for sid in message.ids:
                 self._on_failed(sid)
         else:
             link.close()
+
+    def _push(self, link: channel.Link) -> None:
+        """See what waits sent: for too many descriptors in flight there is no event."""
+        link.flush()
+        if link.unsent:
+            self._service.call_later(_PAUSE_S, lambda: self._push(link))
 
     def _greet(self, link: channel.Link, message: channel.Message) -> None:
         if message.type == channel.HELLO and len(message.ids) == 3:
@@ -251,7 +258,7 @@ class Peers:
         deadline: float,
         exchange: collections.abc.Callable[[socket.socket, list[int], float], None],
         is_here: collections.abc.Callable[[int], bool],
-    ) -> set[int]:
+    ) -> tuple[set[int], set[int]]:
         """Ask each socket's owner, then all others, once.
 
         Args:
@@ -261,19 +268,22 @@ class Peers:
             is_here: Whether an id has arrived.
 
         Returns:
-            The ids that may still come: their owner lives and gave no answer.
+            The ids that may still come: those whose owner lives and gave no answer, and those whose
+            owner said no, as it does between creating a socket and keeping its descriptor.
         """
         owners: dict[int, list[int]] = {}
         for sid in sids:
             owners.setdefault(int(self._segment.cells.owner[sid & SLOT_MASK]), []).append(sid)
-        hopeful: set[int] = set()
+        silent: set[int] = set()
+        refused: set[int] = set()
         asked = {self._word}
         for word, ids in owners.items():
             if word in asked or not self._lives(word):
                 continue
             asked.add(word)
-            if not self._ask(word, ids, deadline, exchange):
-                hopeful.update(ids)
+            answered = self._ask(word, ids, deadline, exchange)
+            if answered is not None:
+                (refused if answered else silent).update(ids)
         rest = [sid for ids in owners.values() for sid in ids if not is_here(sid)]
         # An orphan, or one whose owner was never told of it: whoever wrote to it has a duplicate.
         for word in self._doors() - asked:
@@ -282,7 +292,7 @@ class Peers:
             if self._lives(word):
                 self._ask(word, rest, deadline, exchange)
                 rest = [sid for sid in rest if not is_here(sid)]
-        return hopeful.intersection(rest)
+        return silent.intersection(rest), refused.intersection(rest)
 
     def _ask(
         self,
@@ -290,13 +300,13 @@ class Peers:
         sids: list[int],
         deadline: float,
         exchange: collections.abc.Callable[[socket.socket, list[int], float], None],
-    ) -> bool:
-        """Ask one process; true when it answered, or is not worth waiting for."""
+    ) -> bool | None:
+        """Ask one process; whether it answered, None when it is not worth waiting for."""
         now = time.monotonic()
         muted = self._muted.get(word)
         if muted is not None:
             if now < muted:
-                return True
+                return None
             deadline = min(deadline, now + _MUTED_WAIT_S)
         try:
             sock = dial(
@@ -307,7 +317,7 @@ class Peers:
         except (OSError, channel.BadMessageError):
             if muted is not None or time.monotonic() >= deadline:
                 self._muted[word] = time.monotonic() + _MUTED_S
-            return muted is not None
+            return None if muted is not None else False
         self._muted.pop(word, None)
         return True
 

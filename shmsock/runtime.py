@@ -397,7 +397,8 @@ class Runtime(View):
     def pass_to(self, index: int, sids: collections.abc.Iterable[int]) -> list[int]:
         """In the host: hand sockets created with ``owner=index`` to that process.
 
-        They reach its dispatcher's ``on_arrival``. Those that cannot be handed over are failed.
+        They reach its dispatcher's ``on_arrival``. Those that cannot be handed over are failed;
+        with ``rehome`` they stay: their owner asks for them, or has died and another one gets them.
 
         Returns:
             The ids that were handed on.
@@ -409,7 +410,8 @@ class Runtime(View):
         if self._store.pass_to(index, ids):
             return ids
         for sid in ids:
-            self.set_failed(sid, errno.EHOSTDOWN, f"process {index} could not take it")
+            if not self._segment.cells.on_owner_death[sid & SLOT_MASK]:
+                self.set_failed(sid, errno.EHOSTDOWN, f"process {index} could not take it")
         return []
 
     def rehome(self, sid: int, index: int | None = None) -> bool:

@@ -129,6 +129,7 @@ class Supervisor:
         self.config = config
         self.listeners: list[Listener] = []
         self._refused: set[socket.socket] = set()
+        self._aside: set[socket.socket] = set()  # accepted, their worker died, not yet placed
         early: list[int] = []
         for number in starting_over.STOP_SIGNALS:
             signal.signal(number, lambda number, _: early.append(number))
@@ -278,7 +279,7 @@ class Supervisor:
     def _tear_down(self) -> None:
         for listener in self.listeners:
             listener.close()
-        for sock in self._refused:
+        for sock in self._refused | self._aside:
             sock.close()
         self.runtime.close()
         if self.names_are_ours:
@@ -486,6 +487,9 @@ class Supervisor:
             except TableFullError:
                 self._turn_away(sock, f"--slots {self.runtime.slots}")
                 continue
+            except ValueError:  # that worker died and was reaped before its pidfd told us
+                self._set_aside(sock)
+                continue
             except OSError:  # gone before we looked
                 sock.close()
                 continue
@@ -494,6 +498,30 @@ class Supervisor:
             placed.setdefault(index, []).append(sid)
         for index, sids in placed.items():
             self.runtime.pass_to(index, sids)
+
+    def _set_aside(self, sock: socket.socket) -> None:
+        """Place a connection a little later, when it is known which workers there are."""
+        self._aside.add(sock)
+        self.dispatcher.call_later(COLLECT_EVERY_S, functools.partial(self._place_again, sock))
+
+    def _place_again(self, sock: socket.socket) -> None:
+        self._aside.discard(sock)
+        if self._draining:
+            sock.close()
+            return
+        try:
+            index = self._least_loaded() if self._ready() else -1
+            policy = self.config.on_owner_death
+            sid = self.runtime.create_socket(sock, owner=index, on_owner_death=policy)
+        except ValueError:
+            self._set_aside(sock)
+        except TableFullError:
+            self._turn_away(sock, f"--slots {self.runtime.slots}")
+        except OSError:  # gone before we looked
+            sock.close()
+        else:
+            self._loads[index] += 1
+            self.runtime.pass_to(index, [sid])
 
     def _least_loaded(self) -> int:
         """The live worker that owns the fewest sockets: an argmin over the table's owners."""
