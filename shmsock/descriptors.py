@@ -502,8 +502,9 @@ class Descriptors:
             missing = [sid for sid, entry in list(self._entries.items()) if not entry.put]
             if missing:
                 self._link.tell(channel.PUT, missing)
-        # In the loop: closing waits for the door's thread, which may be what connected.
+        # In the loop: closing waits for the door's thread, and many a thread may connect.
         self._service.call_soon(self._shut_door)
+        self._service.ensure()
         return self._link
 
     def _shut_door(self) -> None:

@@ -322,9 +322,11 @@ class Peers:
         return True
 
     def tell_failed(self, sid: int) -> None:
-        """Hint to a socket's owner that it has failed; never waits."""
-        word = int(self._segment.cells.owner[sid & SLOT_MASK])
-        if word != self._word:
+        """Hint to all others that a socket has failed; never waits.
+
+        WHY NOT to its owner alone: a slot that nobody held is FREE by now, and names none.
+        """
+        for word in self._doors() - {self._word}:
             with (
                 contextlib.suppress(OSError),
                 dial(address_of(self._segment.name, word), self._hello, 1, 0) as sock,
