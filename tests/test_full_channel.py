@@ -1,18 +1,10 @@
-"""A control channel that is full, or whose descriptors do not arrive: what is dropped comes again.
-
-Each kind of message that a full queue may drop is made good by somebody; each that may arrive
-without its descriptors is answered or asked for.
-"""
+"""A control channel that is full: what a full queue dropped is made good by somebody."""
 
 from __future__ import annotations
 
-import array
 import collections.abc
 import contextlib
 import errno
-import os
-import resource
-import select
 import socket
 
 import pytest
@@ -20,7 +12,7 @@ import pytest
 import shmsock
 from shmsock import Runtime, channel
 
-from .helpers import Forked, Peer, connected, holders_of, out_of_descriptors, wait_until
+from .helpers import Peer, connected, holders_of, wait_until
 from .test_kill_points_channel import (
     assert_nobody_has,
     client_of,
@@ -137,6 +129,52 @@ def test_a_refused_pass_that_a_full_channel_dropped_is_asked_for(
             runtime.set_failed(sid)
 
 
+MEET = """
+import select, socket, threading, time
+from shmsock import channel
+sid = other = None
+said = []
+ours, theirs = socket.socketpair()
+theirs.settimeout(60)
+def meet(queue_first):
+    global sid
+    try:
+        if queue_first:
+            link = rt._descriptors.connect()
+            while link.unsent < 2:
+                link.tell(channel.FAILED, [1])
+        sid = rt.create_socket(ours)
+        while other is None:
+            time.sleep(0.001)
+        with rt.address(other) as ref:
+            ref.write(b"from a callback")
+        said.append("done")
+    except BaseException as error:
+        said.append(repr(error))
+dispatcher = shmsock.Dispatcher(rt)
+threading.Thread(target=dispatcher.run, daemon=True).start()
+"""
+
+
+@pytest.mark.parametrize("queued", [False, True], ids=["not connected yet", "put is queued"])
+def test_two_dispatchers_fetch_each_others_new_sockets_at_one_moment(
+    hosted: Peer, name: str, queued: bool
+) -> None:
+    """The loop that would send the put is the one that waits for the other's."""
+    with Peer(name) as one, Peer(name) as two:
+        with stopped(*[hosted.pid] * queued):
+            for peer in (one, two):
+                peer.run(MEET)
+                peer.run(f"dispatcher.call_soon(lambda: meet({queued}))")
+                wait_until(lambda peer=peer: peer.ask("sid"), "it is created")  # type: ignore[misc]
+            for peer, other in ((one, two), (two, one)):
+                peer.run(f"other = {other.ask('sid')}")
+        for peer in (one, two):
+            wait_until(lambda peer=peer: peer.ask("said"), "it is done")  # type: ignore[misc]
+            assert peer.ask("said") == ["done"]
+            assert peer.ask("theirs.recv(100).decode()") == "from a callback"
+
+
 # -- from the host to a process -------------------------------------------------------------------
 
 
@@ -228,145 +266,3 @@ def test_a_stopped_host_makes_no_worker_give_up_what_it_owns(hosted: Peer, name:
                 worker.run("for _ in range(20): rt._descriptors.claim_unknown()")
                 assert looker.status(sid) is shmsock.Status.LIVE
             assert ask(client, b"told at last") == b"told at last"
-
-
-# -- without their descriptors --------------------------------------------------------------------
-
-
-def limit_files(peer: Peer) -> None:
-    """From here on this process can open nothing more."""
-    peer.run(
-        """
-        import os, resource
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        low = max(int(fd) for fd in os.listdir("/proc/self/fd") if int(fd) < 500)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (low + 1, hard))
-        filler = []
-        try:
-            while True:
-                filler.append(os.open("/dev/null", os.O_RDONLY))
-        except OSError:
-            pass
-        """
-    )
-
-
-def free_files(peer: Peer) -> None:
-    peer.run(
-        """
-        while filler:
-            os.close(filler.pop())
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        """
-    )
-
-
-def test_pass_to_a_worker_out_of_descriptors_fails_the_socket_and_nothing_else(
-    runtime: Runtime,
-) -> None:
-    with echo_worker(runtime) as (worker, index):
-        limit_files(worker)
-        ours, client = connected()
-        with client:
-            sid = runtime.create_socket(ours, owner=index)
-            inode = inode_of(runtime, sid)
-            assert runtime.pass_to(index, [sid]) == [sid]
-            assert client.recv(100) == b""
-            assert_nobody_has(inode, worker.pid)
-        free_files(worker)
-        ours, client = connected()
-        with client:
-            client.settimeout(60)
-            sid = runtime.create_socket(ours, owner=index)
-            assert runtime.pass_to(index, [sid]) == [sid]
-            assert ask(client, b"room again") == b"room again"
-            runtime.set_failed(sid)
-
-
-def test_a_listener_that_came_without_its_descriptor_is_asked_for(runtime: Runtime) -> None:
-    with echo_worker(runtime) as (worker, _):
-        limit_files(worker)
-        listener = socket.create_server(("127.0.0.1", 0))
-        sid = runtime.create_socket(listener, on_owner_death="rehome")
-        runtime.spread([sid])
-        inode = inode_of(runtime, sid)
-        ours, client = connected("unix")
-        with client:  # what comes after it is heard: so was the listener
-            assert runtime.pass_to(
-                worker.ask("rt.index"), [runtime.create_socket(ours, owner=worker.ask("rt.index"))]
-            )
-            assert client.recv(100) == b""
-        assert holders_of(inode, [worker.pid]) == []
-        free_files(worker)
-        wait_until(lambda: holders_of(inode, [worker.pid]), "it holds a duplicate")
-        runtime.set_failed(sid)
-        assert_nobody_has(inode, worker.pid)
-
-
-def test_put_to_a_host_out_of_descriptors_is_refused_and_made_again(runtime: Runtime) -> None:
-    with Peer(runtime.name) as creator:
-        creator.run("assert rt._descriptors.connect()")
-        wait_until(lambda: link_to(runtime, creator.ask("rt.index")), "it is connected")
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            creator.run(
-                f"sock = __import__('socket').create_connection({listener.getsockname()!r})"
-            )
-            client = listener.accept()[0]
-        with client:
-            with out_of_descriptors():
-                sid = creator.ask("rt.create_socket(sock)")
-                creator.run("rt._descriptors.tick()")
-                assert not runtime.has_descriptor(sid)
-            wait_until(lambda: runtime.has_descriptor(sid), "it is put again")
-            runtime.set_failed(sid)
-            assert client.recv(100) == b""
-
-
-# -- too many in flight ---------------------------------------------------------------------------
-
-
-def too_many_in_flight() -> str:
-    """As somebody without privileges: the kernel bounds what a user has in flight."""
-    if os.getuid() == 0:
-        os.setresuid(61234, 61234, 61234)
-    limit = 40
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit + 60, limit + 60))
-    read, write = os.pipe()
-    blocker, drain = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    rights = array.array("i", [read] * 101)
-    blocker.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours.setblocking(False)
-    ended: list[channel.Link] = []
-    events: list[int] = []
-    link = channel.Link(
-        ours,
-        lambda fd, wanted, handler: events.append(wanted),
-        lambda fd: None,
-        lambda sid: write,
-        lambda link, message: None,
-        ended.append,
-    )
-    try:
-        channel.send(ours, channel.PUT, [7], [write])
-    except BlockingIOError as error:
-        said = errno.errorcode[error.errno or 0]
-    else:
-        said = "nothing"
-    assert link.tell(channel.PUT, [7])
-    assert link.unsent == 1
-    assert not ended
-    assert all(not wanted & select.EPOLLOUT for wanted in events)  # it would spin
-    drain.recv(1)  # the in-flight descriptors are closed by who does not ask for them
-    link.flush()
-    message = channel.receive(theirs)
-    assert message is not None
-    assert message.ids == (7,)
-    assert len(message.descriptors) == 1
-    assert os.fstat(message.descriptors[0]).st_ino == os.fstat(write).st_ino
-    assert link.unsent == 0
-    return said
-
-
-def test_too_many_descriptors_in_flight_wait_and_hang_up_on_nobody() -> None:
-    assert Forked(too_many_in_flight).result() == "ETOOMANYREFS"
