@@ -240,9 +240,10 @@ class Descriptors:
                     nap_s = min(2 * nap_s, 0.02)
                     continue
             if sids:
+                who = "nobody gave a" if hostless_since else "the host gave no"
                 raise DescriptorError(
-                    f"the host of runtime {self._segment.name!r} gave no descriptor: {error}; "
-                    "see `shmsock ps` whether it runs"
+                    f"runtime {self._segment.name!r}: {who} descriptor: {error}; "
+                    "see `shmsock ps` whether its host runs"
                 ) from error
 
     def _is_missing(self, sid: int) -> bool:

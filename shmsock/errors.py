@@ -79,7 +79,7 @@ class OverCrowdedError(ShmsockError):
 
 
 class DescriptorError(ShmsockError):
-    """The socket's descriptor could not be fetched from the host in time; try again, or fail it."""
+    """Neither the host nor, while there is none, another process gave the descriptor: try again."""
 
 
 class ClosedError(ShmsockError):

@@ -206,7 +206,7 @@ class Peers:
         self._word = hello[2] << 16 | hello[1]
         self._resolve, self._on_failed = resolve, on_failed
         self._door: Door | None = None
-        self._closed = False
+        self._closed = self._told = False
         self._lock = threading.Lock()
         self._muted: dict[int, float] = {}
 
@@ -226,12 +226,16 @@ class Peers:
                 try:
                     self._door = Door(self._segment, self._word, self._resolve, self._on_failed)
                 except OSError as error:  # tried again with the next look for a host
-                    log.warning("others cannot ask this process for descriptors: %s", error)
+                    if not self._told:
+                        log.warning("others cannot ask this process for descriptors: %s", error)
+                    self._told = True
 
     def shut(self) -> None:
         """A host is back: nobody needs to ask us."""
-        if self._door is None:
-            return
+        if self._door is not None:
+            self._shut()
+
+    def _shut(self) -> None:
         with self._lock:
             door, self._door = self._door, None
         if door is not None:
@@ -239,9 +243,9 @@ class Peers:
         self._muted.clear()
 
     def close(self) -> None:
-        """Shut the door for good."""
+        """Shut the door for good; another thread may be opening it."""
         self._closed = True
-        self.shut()
+        self._shut()
 
     def forget(self) -> None:
         """In a forked child: close what was inherited."""
