@@ -83,6 +83,7 @@ def test_workers_push_to_each_others_new_clients_at_one_moment_without_a_supervi
 LOAD = ("-c", "20", "-P", "4", "-n", "100000000", "-q", "PUBLISH", "nowhere", "x")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("redis-benchmark") is None, reason="needs redis-benchmark")
 def test_clients_nobody_here_wrote_notice_neither_death_nor_take_over() -> None:
     with Server() as server, server.redis() as subscriber, contextlib.ExitStack() as stack:
@@ -169,6 +170,7 @@ def waiting_clients(server: Server) -> collections.abc.Iterator[list[socket.sock
         yield waiting
 
 
+@pytest.mark.slow
 def test_supervisors_killed_at_awkward_moments_in_a_row_lose_nothing(
     tmp_path: os.PathLike[str],
 ) -> None:
@@ -212,6 +214,7 @@ def ended(client: Client) -> bool:
     return client.ended() == b""
 
 
+@pytest.mark.slow
 def test_a_supervisor_and_a_worker_killed_at_one_moment_lose_what_only_they_had() -> None:
     with Server() as server, contextlib.ExitStack() as stack:
         known = server.on_each_worker(lambda: stack.enter_context(server.client()))
@@ -256,6 +259,7 @@ def test_connections_made_while_nobody_supervises_wait_in_the_backlog() -> None:
             assert new.in_use() == len(waiting)
 
 
+@pytest.mark.slow
 def test_a_stopped_worker_without_a_supervisor_costs_one_wait_and_not_one_for_each_push() -> None:
     with Server() as server, contextlib.ExitStack() as stack:
         subscribers = [stack.enter_context(server.client()) for _ in range(8)]

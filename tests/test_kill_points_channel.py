@@ -1,7 +1,7 @@
 """Killed here: who closes the descriptors, and who has the bytes. Real processes, real SIGKILL.
 
-Each test is a line of DESIGN section 10's table. Who dies at an exact line has that line replaced,
-in its own process, by one that kills it; what is in flight is held there by SIGSTOP.
+Each test is a line of DESIGN section 10's table. Who dies at a line has it replaced, in its own
+process, by one that kills it; what is in flight is held there by SIGSTOP.
 """
 
 from __future__ import annotations
@@ -289,6 +289,7 @@ def test_pass_in_flight_to_a_dead_worker_goes_to_another(runtime: Runtime) -> No
             assert runtime.audit() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("somebody", [False, True], ids=["nobody else has it", "another has it"])
 def test_pass_that_was_never_sent_is_asked_for_or_lost_with_the_host(
     hosted: Peer, name: str, somebody: bool
@@ -359,8 +360,7 @@ def test_who_fails_or_recycles_and_is_killed_before_shutdown_is_made_good_by_the
 
 def test_failed_that_was_lost_is_made_good_by_the_sweep(runtime: Runtime) -> None:
     ours, theirs = connected()
-    sid = runtime.create_socket(ours)
-    inode = inode_of(runtime, sid)
+    inode = inode_of(runtime, sid := runtime.create_socket(ours))
     with theirs, Peer(runtime.name) as winner:
         winner.run("rt._descriptors._tell_failed = lambda sid: None")
         assert winner.ask(f"rt.set_failed({sid}, 5, 'lost')")
