@@ -437,7 +437,10 @@ class Runtime(View):
         mine = index is None or index == self.index
         if not mine and not store.is_connected(typing.cast(int, index)):
             return False
-        owner = self._engine.word if mine else self._word_of(typing.cast(int, index))
+        try:
+            owner = self._engine.word if mine else self._word_of(typing.cast(int, index))
+        except ValueError:  # it died a moment ago and was reaped: its channel is still to hang up
+            return False
         if not self._engine.change_owner(sid, word, owner):
             return False
         return mine or store.pass_to(typing.cast(int, index), [sid])

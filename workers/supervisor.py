@@ -129,7 +129,7 @@ class Supervisor:
         self.config = config
         self.listeners: list[Listener] = []
         self._refused: set[socket.socket] = set()
-        self._aside: set[socket.socket] = set()  # accepted, their worker died, not yet placed
+        self._unplaced: list[socket.socket] = []  # accepted, but no worker was left
         early: list[int] = []
         for number in starting_over.STOP_SIGNALS:
             signal.signal(number, lambda number, _: early.append(number))
@@ -279,7 +279,7 @@ class Supervisor:
     def _tear_down(self) -> None:
         for listener in self.listeners:
             listener.close()
-        for sock in self._refused | self._aside:
+        for sock in [*self._refused, *self._unplaced]:
             sock.close()
         self.runtime.close()
         if self.names_are_ours:
@@ -360,6 +360,7 @@ class Supervisor:
         log.info("worker %d is process %d", child.pid, index)
         if not self._draining and self.listeners:
             self._start_accepting()
+            self._place_again()
             self._rehome()
             self._tell_ready()
 
@@ -459,69 +460,70 @@ class Supervisor:
 
     def _accept(self, listener: socket.socket) -> None:
         """Accept a batch, place each connection, pass them on together."""
-        placed: dict[int, list[int]] = {}
         in_use = self.runtime.connections()
         room = self.config.max_connections - in_use
         if room > 0 and in_use >= self._keeps:
             # Before the kernel says so: the workers' channels need some as well.
             self._pause(f"no more than {self._keeps} connections: {_RAISE_LIMIT}")
             return
-        for _ in range(min(ACCEPT_BATCH, max(1, self._keeps - in_use))):
-            try:
-                sock, _address = listener.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                break
-            except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    raise
-                self._pause(f"cannot accept ({error.strerror}): {_RAISE_LIMIT}")
-                break
-            if room <= 0:
-                self._turn_away(sock, f"--max-connections {self.config.max_connections}")
-                continue
+        placed: dict[int, list[int]] = {}
+        try:
+            for _ in range(min(ACCEPT_BATCH, max(1, self._keeps - in_use))):
+                try:
+                    sock, _address = listener.accept()
+                except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                    break
+                except OSError as error:
+                    if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                        raise
+                    self._pause(f"cannot accept ({error.strerror}): {_RAISE_LIMIT}")
+                    break
+                if room <= 0:
+                    self._turn_away(sock, f"--max-connections {self.config.max_connections}")
+                elif self._place(sock, placed):
+                    room -= 1
+                if self._unplaced:
+                    break
+        finally:
+            for index, sids in placed.items():
+                self.runtime.pass_to(index, sids)
+
+    def _place(self, sock: socket.socket, placed: dict[int, list[int]]) -> bool:
+        """Make an accepted connection a Socket of the least-loaded worker; note it in ``placed``.
+
+        A worker may have died and been reaped by another before we are told. With none left what
+        was accepted is kept until one has joined.
+        """
+        for _ in self._ready():
             index = self._least_loaded()
             try:
                 sid = self.runtime.create_socket(
                     sock, owner=index, on_owner_death=self.config.on_owner_death
                 )
+            except ValueError:
+                self._loads[index] = np.iinfo("i8").max  # dead: whoever comes next
+                continue
             except TableFullError:
                 self._turn_away(sock, f"--slots {self.runtime.slots}")
-                continue
-            except ValueError:  # that worker died and was reaped before its pidfd told us
-                self._set_aside(sock)
-                continue
+                return False
             except OSError:  # gone before we looked
                 sock.close()
-                continue
-            room -= 1
+                return False
             self._loads[index] += 1
             placed.setdefault(index, []).append(sid)
+            return True
+        self._unplaced.append(sock)
+        self._stop_accepting()
+        return False
+
+    def _place_again(self) -> None:
+        """What was accepted when no worker was left, now that one has joined."""
+        placed: dict[int, list[int]] = {}
+        unplaced, self._unplaced = self._unplaced, []
+        for sock in unplaced:
+            self._place(sock, placed)
         for index, sids in placed.items():
             self.runtime.pass_to(index, sids)
-
-    def _set_aside(self, sock: socket.socket) -> None:
-        """Place a connection a little later, when it is known which workers there are."""
-        self._aside.add(sock)
-        self.dispatcher.call_later(COLLECT_EVERY_S, functools.partial(self._place_again, sock))
-
-    def _place_again(self, sock: socket.socket) -> None:
-        self._aside.discard(sock)
-        if self._draining:
-            sock.close()
-            return
-        try:
-            index = self._least_loaded() if self._ready() else -1
-            policy = self.config.on_owner_death
-            sid = self.runtime.create_socket(sock, owner=index, on_owner_death=policy)
-        except ValueError:
-            self._set_aside(sock)
-        except TableFullError:
-            self._turn_away(sock, f"--slots {self.runtime.slots}")
-        except OSError:  # gone before we looked
-            sock.close()
-        else:
-            self._loads[index] += 1
-            self.runtime.pass_to(index, [sid])
 
     def _least_loaded(self) -> int:
         """The live worker that owns the fewest sockets: an argmin over the table's owners."""

@@ -16,6 +16,7 @@ import collections
 import contextlib
 import dataclasses
 import errno
+import itertools
 import random
 import selectors
 import socket
@@ -259,7 +260,7 @@ class SlowAsker(Asker):
     def say(self, request: bytes) -> None:
         cut = sorted(self.load.rng.randrange(1, len(request)) for _ in range(3))
         edges = [0, *cut, len(request)]
-        self._typing += [request[a:b] for a, b in zip(edges, edges[1:], strict=False) if b > a]
+        self._typing += [request[a:b] for a, b in itertools.pairwise(edges) if b > a]
 
     def tick(self, now: float) -> None:
         if self._typing and now >= self._next_s:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -216,7 +217,12 @@ class Campaign:
 
     def _make_quiet(self, runtime: shmsock.Runtime, load: Load) -> None:
         """A supervisor with all its workers, no pool, and every question answered."""
-        self._settled("a supervisor is up", lambda: (self._look_after(), self._ready)[1])
+
+        def is_up() -> bool:
+            self._look_after()
+            return self._ready
+
+        self._settled("a supervisor is up", is_up)
 
         def complete() -> bool:
             workers = [row for row in runtime.processes() if row.role == "worker" and row.alive]
@@ -224,9 +230,9 @@ class Campaign:
 
         self._settled("every worker is up", complete)
         load.quiet = True
-        for stream in load.of(SinkStream):
-            if not stream.sid:  # its creator died before it said the id
-                load.end_soon(stream)
+        for sink in load.of(SinkStream):
+            if not sink.sid:  # its creator died before it said the id
+                load.end_soon(sink)
         self._settled("every question is answered", lambda: not self._unanswered(load))
         for stream in self._unanswered(load):
             stream.complain("its last question was not answered")
@@ -278,10 +284,7 @@ class Campaign:
                         f"{len(listeners)} listen to {channel}, and PUBLISH said {count!r}"
                     )
                 self._settled(
-                    f"all hear {channel}",
-                    lambda channel=channel, listeners=listeners: all(
-                        channel.encode() in each.last_words for each in listeners
-                    ),
+                    f"all hear {channel}", functools.partial(_all_heard, listeners, channel)
                 )
         self.figures.survivors = len(load.living())
 
@@ -310,7 +313,10 @@ class Campaign:
 
     def log(self) -> str:
         """What all supervisors and workers said."""
-        return "".join(server.log() for server in self._servers if not server._err.closed)
+        lines = "".join(
+            server.log() for server in self._servers if not server._err.closed
+        ).splitlines(keepends=True)
+        return "".join(line for line in lines if "shmsock.access" not in line)
 
     def report(self) -> str:
         """What is needed to look for the reason of a complaint."""
@@ -341,6 +347,10 @@ class Campaign:
             server._err.close()
         with contextlib.suppress(shmsock.ShmsockError):
             shmsock.clean(self._name)
+
+
+def _all_heard(listeners: list[Subscriber], channel: str) -> bool:
+    return all(channel.encode() in each.last_words for each in listeners)
 
 
 def _free_port() -> int:

@@ -1,0 +1,114 @@
+"""What campaigns found, each made to happen on purpose: deaths that several are told of at once."""
+
+from __future__ import annotations
+
+import collections.abc
+import contextlib
+import os
+import signal
+import socket
+
+import pytest
+
+from shmsock import Runtime
+
+from .helpers import WATCHDOG_S, Forked, wait_until
+from .servers import Server
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> collections.abc.Iterator[None]:
+    """A process that does nothing meanwhile, and then learns of everything in one batch."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        wait_until(lambda: state(pid) == "T", "it has stopped")
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def state(pid: int) -> str:
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0]
+
+
+def kill_and_reap(server: Server, index: int) -> None:
+    """Kill a worker and have its row given back before its supervisor is told of anything."""
+    os.kill(server.worker_pids()[index], signal.SIGKILL)
+    with server.attach() as runtime:
+
+        def reaped() -> bool:
+            runtime.repair()
+            return index not in {row.index for row in runtime.processes() if row.role == "worker"}
+
+        wait_until(reaped, "it is reaped")
+
+
+def test_a_client_accepted_for_a_worker_that_was_just_reaped_gets_another() -> None:
+    with Server(workers=2) as server, contextlib.ExitStack() as stack:
+        clients = server.on_each_worker(server.client)
+        for client in clients.values():
+            stack.enter_context(client)
+        victim, other = clients
+        clients[victim].close()
+        wait_until(lambda: server.in_use() == 1, "the victim has the fewest")
+        with stopped(server.process.pid):
+            late = [stack.enter_context(server.connect()) for _ in range(3)]
+            for sock in late:
+                sock.sendall(b"PING\r\n")
+            kill_and_reap(server, victim)
+        for sock in late:
+            assert sock.recv(100) == b"+PONG\r\n"
+        assert clients[other].call("PING") == "PONG"
+        wait_until(lambda: len(server.worker_pids()) == 2, "another takes its place")
+
+
+def test_clients_accepted_when_every_worker_was_just_reaped_wait_for_the_next() -> None:
+    with Server(workers=2) as server, contextlib.ExitStack() as stack:
+        victims = list(server.worker_pids())
+        with stopped(server.process.pid):
+            late = [stack.enter_context(server.connect()) for _ in range(3)]
+            for sock in late:
+                sock.sendall(b"PING\r\n")
+            for victim in victims:
+                kill_and_reap(server, victim)
+        for sock in late:
+            assert sock.recv(100) == b"+PONG\r\n"
+        wait_until(lambda: len(server.worker_pids()) == 2, "others take their place")
+
+
+def test_workers_that_died_together_are_all_replaced_and_their_clients_served() -> None:
+    with Server(workers=3) as server, contextlib.ExitStack() as stack:
+        clients = server.on_each_worker(server.client)
+        for client in clients.values():
+            stack.enter_context(client)
+        victims = list(clients)[:2]
+        with server.attach() as runtime:
+            wait_until(lambda: not runtime.sockets()["busy"].any(), "all are idle")
+        with stopped(server.process.pid):
+            for victim in victims:
+                kill_and_reap(server, victim)
+        for client in clients.values():
+            assert client.call("PING") == "PONG"
+        wait_until(lambda: len(server.worker_pids()) == 3, "both are replaced")
+
+
+def attach_and_die(runtime: Runtime) -> int:
+    runtime._check()
+    return runtime.index
+
+
+@pytest.mark.parametrize("policy", ["fail", "rehome"])
+def test_a_socket_is_not_given_to_a_process_that_was_reaped(runtime: Runtime, policy: str) -> None:
+    with Forked(attach_and_die, runtime) as child:
+        index = child.result()
+    wait_until(lambda: runtime.repair()["reaped"], "it is reaped")
+    ours, theirs = socket.socketpair()
+    with theirs:
+        with pytest.raises(ValueError, match="not alive"):
+            runtime.create_socket(ours, owner=index, on_owner_death=policy)
+        theirs.settimeout(WATCHDOG_S)
+        ours.sendall(b"still ours")
+        assert theirs.recv(100) == b"still ours"
+        ours.close()
+        assert runtime.in_use() == 0
