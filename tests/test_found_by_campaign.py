@@ -5,14 +5,16 @@ from __future__ import annotations
 import collections.abc
 import contextlib
 import os
+import pathlib
 import signal
 import socket
 
 import pytest
 
 from shmsock import Runtime
+from workers.supervisor import GIVE_UP_AFTER
 
-from .helpers import WATCHDOG_S, Forked, wait_until
+from .helpers import REPOSITORY, WATCHDOG_S, Forked, children, wait_until
 from .servers import Server
 
 
@@ -28,8 +30,9 @@ def stopped(pid: int) -> collections.abc.Iterator[None]:
 
 
 def state(pid: int) -> str:
-    with open(f"/proc/{pid}/stat") as file:
+    with contextlib.suppress(FileNotFoundError), open(f"/proc/{pid}/stat") as file:
         return file.read().rpartition(")")[2].split()[0]
+    return ""
 
 
 def kill_and_reap(server: Server, index: int) -> None:
@@ -112,3 +115,32 @@ def test_a_socket_is_not_given_to_a_process_that_was_reaped(runtime: Runtime, po
         assert theirs.recv(100) == b"still ours"
         ours.close()
         assert runtime.in_use() == 0
+
+
+WAITS_TO_BE_KILLED = """
+import os, signal, sys
+if "workers.worker" in sys.orig_argv and os.path.exists({flag!r}):
+    os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+@pytest.mark.slow
+def test_workers_killed_while_they_start_are_no_reason_to_give_up(tmp_path: pathlib.Path) -> None:
+    """Who was killed from outside says nothing about whether the next one comes up."""
+    flag = tmp_path / "stop"
+    flag.touch()
+    (tmp_path / "sitecustomize.py").write_text(WAITS_TO_BE_KILLED.format(flag=str(flag)))
+    env = {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}
+    with Server(env=env, workers=3, wait=False) as server:
+        for _ in range(GIVE_UP_AFTER + 1):
+
+            def waiting() -> list[int]:
+                found = children(server.process.pid)
+                return [pid for pid in found if state(pid) == "T"]
+
+            os.kill(wait_until(waiting, "one waits to be killed")[0], signal.SIGKILL)
+        flag.unlink()
+        for pid in children(server.process.pid):
+            os.kill(pid, signal.SIGCONT)
+        server.wait_ready()
+        assert server.log().count("was killed by signal 9") == GIVE_UP_AFTER + 1

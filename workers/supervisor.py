@@ -111,6 +111,11 @@ class Child:
         code = self.process.wait()
         return f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
 
+    @property
+    def was_killed(self) -> bool:
+        """After ``reap``: whether somebody else ended it: the program may be as good as ever."""
+        return self.process is not None and self.process.returncode == -signal.SIGKILL
+
 
 class Supervisor:
     """One running server."""
@@ -396,7 +401,7 @@ class Supervisor:
         self._rehome()
         lived_s = time.monotonic() - child.started_s
         log.error("worker %d %s after %.1f s", child.pid, why, lived_s)
-        if child.index < 0:
+        if child.index < 0 and not child.was_killed:
             self._failures += 1
         if self._failures >= GIVE_UP_AFTER and not any(c.index >= 0 for c in self.children):
             log.critical(

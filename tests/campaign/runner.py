@@ -20,7 +20,7 @@ import typing
 
 import shmsock
 
-from ..helpers import REPOSITORY, wait_until
+from ..helpers import REPOSITORY
 from ..servers import Client, Server, environment
 from . import promises
 from .checker import Checker, nothing_left
@@ -55,6 +55,10 @@ class Options:
     )
 
 
+class Abandoned(Exception):
+    """There is nothing left to go on with."""
+
+
 class Campaign:
     """One campaign."""
 
@@ -73,6 +77,13 @@ class Campaign:
 
     def run(self) -> Figures:
         """Run it all; what is wrong is in the figures' complaints."""
+        try:
+            self._run()
+        except Abandoned as end:
+            self.figures.complain(f"abandoned: {end}")
+        return self.figures
+
+    def _run(self) -> None:
         with contextlib.ExitStack() as stack:
             stack.callback(self._errors.close)
             stack.callback(self._end_servers)
@@ -104,7 +115,6 @@ class Campaign:
             checker.books()
             runtime.close()
             self._stop_server()
-        return self.figures
 
     # -- while it rages -------------------------------------------------------------------------
 
@@ -168,7 +178,7 @@ class Campaign:
         code = server.process.poll()
         if code is not None:
             if code != -9:
-                self.figures.complain(f"the supervisor ended by itself with code {code}")
+                raise Abandoned(f"the supervisor ended by itself with code {code}")
             time.sleep(self._rng.uniform(*_FOLLOW_S))
             self._follow()
         elif not self._ready:
@@ -207,13 +217,15 @@ class Campaign:
 
     # -- when it is over ------------------------------------------------------------------------
 
-    def _settled(self, what: str, condition: typing.Callable[[], object]) -> bool:
-        try:
-            wait_until(condition, what, _QUIET_S)
-        except AssertionError:
-            self.figures.complain(f"when the killing was over: {what}: not so in {_QUIET_S:.0f} s")
-            return False
-        return True
+    def _settled(
+        self, what: str, condition: typing.Callable[[], object], pause_s: float = 0.02
+    ) -> None:
+        deadline = time.monotonic() + _QUIET_S
+        while not condition():
+            if time.monotonic() > deadline:
+                self.figures.complain(f"in the end: {what}: not so in {_QUIET_S:.0f} s")
+                return
+            time.sleep(pause_s)
 
     def _make_quiet(self, runtime: shmsock.Runtime, load: Load) -> None:
         """A supervisor with all its workers, no pool, and every question answered."""
@@ -240,6 +252,7 @@ class Campaign:
         self._settled(
             "every promised message has come",
             lambda: not promises.unfinished(load.sent, load.of(Subscriber), killed),
+            pause_s=0.5,
         )
 
     def _unanswered(self, load: Load) -> list[Stream]:
