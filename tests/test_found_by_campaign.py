@@ -8,6 +8,8 @@ import os
 import pathlib
 import signal
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -144,3 +146,9 @@ def test_workers_killed_while_they_start_are_no_reason_to_give_up(tmp_path: path
             os.kill(pid, signal.SIGCONT)
         server.wait_ready()
         assert server.log().count("was killed by signal 9") == GIVE_UP_AFTER + 1
+
+
+def test_a_worker_whose_supervisor_died_before_it_said_anything_leaves_without_a_word() -> None:
+    command = [sys.executable, "-m", "workers.worker", "nobody"]
+    done = subprocess.run(command, input=b"", capture_output=True, cwd=REPOSITORY, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"")

@@ -103,7 +103,10 @@ def main() -> int:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that closes is no reason to end
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # blocked by who started us
     name = sys.argv[1]
-    settings: Settings = json.load(sys.stdin)
+    told = sys.stdin.read()
+    if not told:  # CRASH(spawn): the supervisor died first; its follower starts workers of its own
+        return 1
+    settings: Settings = json.loads(told)
     logging.basicConfig(
         level=settings["log_level"],
         format="%(asctime)s %(levelname)s worker[%(process)d] %(name)s: %(message)s",

@@ -68,6 +68,7 @@ class Stream:
         self.sid = 0
         self.owner = 0
         self.entered = False
+        self.refused = False
         self.waiting_since_s = 0.0
         self._out = b""
         self.sock = sock or self._connect()
@@ -566,8 +567,9 @@ class Load:
                 data = stream.sock.recv(_READ_BYTES)
             except BlockingIOError:
                 return
-            except OSError:
+            except OSError as error:
                 data = b""
+                stream.refused = error.errno == errno.ECONNREFUSED
             if data:
                 stream.readable(data)
             else:
@@ -581,7 +583,7 @@ class Load:
         if stream.entered or isinstance(stream, Sink):
             self.figures.ended[self._why(stream.sid)] += 1
         else:
-            self.figures.ended["not placed yet"] += 1
+            self.figures.ended["refused" if stream.refused else "not placed yet"] += 1
         self._forget(stream)
 
     def end_soon(self, stream: Stream) -> None:
