@@ -13,10 +13,10 @@ import sys
 
 import pytest
 
-from shmsock import Runtime
+from shmsock import Runtime, Status
 from workers.supervisor import GIVE_UP_AFTER
 
-from .helpers import REPOSITORY, WATCHDOG_S, Forked, children, wait_until
+from .helpers import REPOSITORY, WATCHDOG_S, Forked, Peer, children, wait_until
 from .servers import Server
 
 
@@ -117,6 +117,28 @@ def test_a_socket_is_not_given_to_a_process_that_was_reaped(runtime: Runtime, po
         assert theirs.recv(100) == b"still ours"
         ours.close()
         assert runtime.in_use() == 0
+
+
+CREATE_AND_DIE = """
+rt._descriptors.put = lambda sid: None  # killed before it
+import os, socket
+sid = rt.create_socket(socket.create_connection({address!r}), on_owner_death="rehome")
+"""
+
+
+@pytest.mark.slow
+def test_an_orphan_whose_creator_died_before_its_put_is_not_kept_for_ever() -> None:
+    """It waits for a new owner, but there is no descriptor to give to one."""
+    with Server() as server, socket.create_server(("127.0.0.1", 0)) as listener:
+        with Peer(server.name) as creator:
+            creator.run(CREATE_AND_DIE.format(address=listener.getsockname()))
+            sid = creator.ask("sid")
+            creator.kill()
+        peer, _ = listener.accept()
+        with peer, server.attach() as runtime:
+            wait_until(lambda: runtime.status(sid) is Status.GONE, "it fails")
+            assert peer.recv(100) == b""
+            assert runtime.audit() == []
 
 
 WAITS_TO_BE_KILLED = """

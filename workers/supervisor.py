@@ -50,6 +50,7 @@ BACK_OFF_S = (0.1, 5.0)
 HEALTHY_AFTER_S = 5.0  # a worker that lived this long starts its back-off anew
 COLLECT_FOR_S = 3.0  # how long a new supervisor waits for the workers to come back
 COLLECT_EVERY_S = 0.02
+LOST_AFTER_S = 5.0  # an orphan whose descriptor nobody has given us by then has none any more
 GIVE_UP_AFTER = 5  # deaths in a row before anything was ready
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -169,6 +170,7 @@ class Supervisor:
         self._loads = np.zeros(0, "i8")
         self._counted_s = 0.0
         self._told: set[str] = set()
+        self._missing: dict[int, float] = {}  # orphans without a descriptor, and since when
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # create has raised it
         self._keeps = max(1, files - RESERVED_FILES[0] - RESERVED_FILES[1] * config.workers)
         self._on_ready: collections.abc.Callable[[], object] | None = None
@@ -240,9 +242,6 @@ class Supervisor:
             self._stop_asked()
             return
         self.runtime.spread(self._listening)
-        for sid in self.runtime.orphans():
-            if not self.runtime.has_descriptor(sid):
-                self.runtime.set_failed(sid, errno.EOWNERDEAD, "its descriptor died with its owner")
         connections = self.runtime.connections()
         log.info("took over %d workers and %d connections", len(self.children), connections)
         self._fill_up()
@@ -277,9 +276,19 @@ class Supervisor:
                 self._loads[index] += 1
 
     def _rehome_again(self) -> None:
-        """What could not be rehomed at once, once a second."""
+        """What could not be rehomed at once, once a second; what nobody can be given, fails.
+
+        A creator may have died before its put, or with a host that had the only duplicate. Whoever
+        else has one gives it within half a second, unless it is stopped.
+        """
         self.dispatcher.call_later(1.0, self._rehome_again)
         self._rehome()
+        now = time.monotonic()
+        missing = [sid for sid in self.runtime.orphans() if not self.runtime.has_descriptor(sid)]
+        self._missing = {sid: self._missing.get(sid, now) for sid in missing}
+        for sid, since in self._missing.items():
+            if now - since >= LOST_AFTER_S:
+                self.runtime.set_failed(sid, errno.EOWNERDEAD, "its descriptor died with its owner")
 
     def _tear_down(self) -> None:
         for listener in self.listeners:
