@@ -34,6 +34,7 @@ from .pool import CHANNELS
 
 _READ_BYTES = 1 << 16
 _STUCK_S = 45.0  # an answer that took longer will not come: no stop is as long as 3 s
+_AGAIN_S = 0.1  # after nobody listened
 _SINK_LIVES_S = (0.5, 20.0)
 
 
@@ -114,7 +115,8 @@ class Stream:
             sent = 0
         except ConnectionResetError:
             return  # what came before it can still be read; reading tells the end
-        except OSError:
+        except OSError as error:
+            self.refused = error.errno == errno.ECONNREFUSED
             return
         self._out = self._out[sent:]
         self.load.want(self)
@@ -450,6 +452,7 @@ class Load:
         self.quiet = False  # no more questions: what is under way is answered
         self._counts = counts
         self._numbers = 0
+        self._again_s = 0.0
         self._soon: collections.deque[typing.Callable[[], object]] = collections.deque()
         self._selector = selectors.DefaultSelector()
         self._stop = threading.Event()
@@ -509,7 +512,7 @@ class Load:
             raise
 
     def _tick(self, now: float) -> None:
-        if not self.quiet:
+        if not self.quiet and now > self._again_s:
             for kind, count in self._counts.items():
                 alive = sum(1 for stream in self._alive if type(stream) is kind)
                 for _ in range(min(2, count - alive)):
@@ -569,7 +572,7 @@ class Load:
                 return
             except OSError as error:
                 data = b""
-                stream.refused = error.errno == errno.ECONNREFUSED
+                stream.refused |= error.errno == errno.ECONNREFUSED
             if data:
                 stream.readable(data)
             else:
@@ -582,8 +585,11 @@ class Load:
         stream.ended_s = time.monotonic()
         if stream.entered or isinstance(stream, Sink):
             self.figures.ended[self._why(stream.sid)] += 1
+        elif stream.refused:
+            self.figures.ended["refused"] += 1
+            self._again_s = stream.ended_s + _AGAIN_S
         else:
-            self.figures.ended["refused" if stream.refused else "not placed yet"] += 1
+            self.figures.ended["not placed yet"] += 1
         self._forget(stream)
 
     def end_soon(self, stream: Stream) -> None:

@@ -18,8 +18,8 @@ import signal
 import sys
 import time
 
-from shmsock.layout import FREE
-from shmsock.processes import ARBITER, LockFile
+from shmsock.layout import FREE, LIVE, ROLES
+from shmsock.processes import ARBITER, HOST, LockFile
 from shmsock.segment import Segment
 
 GAP_S = (0.05, 0.5)
@@ -36,6 +36,7 @@ ACTS = {
 }
 RELOADS = 4
 WATCH_S = 0.3  # how long for a repairer to appear
+BOLD = 0.15  # the share of acts that may take the last worker, or a supervisor that just starts
 LONG_STOP = 0.1  # the share of stops that take seconds
 
 
@@ -49,6 +50,7 @@ class Killer:
         self._spare = {os.getpid(), *spare}
         self._segment = Segment.attach(name)
         self._lock_file = LockFile.open(name, create=False)
+        self._bold = False
         self._to_continue: list[tuple[float, int, int]] = []  # when, pidfd, pid
         self._acts = dict(ACTS, **({"reload supervisor": RELOADS} if reload else {}))
 
@@ -59,6 +61,7 @@ class Killer:
             gap_s = self._rng.uniform(*GAP_S)
             act = self._rng.choices(list(self._acts), list(self._acts.values()))[0]
             rank, second = self._rng.random(), self._rng.random()
+            self._bold = self._rng.random() < BOLD
             long = self._rng.random() < LONG_STOP
             stop_s = self._rng.uniform(1.0, 3.0) if long else self._rng.uniform(*GAP_S)
             self._wait(time.monotonic() + gap_s)
@@ -80,7 +83,7 @@ class Killer:
         what, kind = act.split()
         if kind == "repairer":
             # Somebody's death makes somebody repair: kill, then look who is at it.
-            prey = self._victims("pool") if second < 0.5 else self._victims("worker")
+            prey = self._victims("pool" if second < 0.6 else "worker")
             if not prey or not self._kill(prey[int(rank * len(prey))], "prey of a repairer"):
                 self._say(act="idle", kind=kind)
                 return
@@ -129,6 +132,8 @@ class Killer:
     def _victims(self, kind: str) -> list[int]:
         if kind == "pool":
             return sorted(set(_children(self._zygote)) - self._spare)
+        if not self._bold and not self._has_enough(kind):
+            return []
         mark = {"worker": "workers.worker", "supervisor": "serve"}[kind]
         found = []
         for entry in os.listdir("/proc"):
@@ -138,6 +143,18 @@ class Killer:
                     if mark in words and self._name in words:
                         found.append(int(entry))
         return sorted(found)
+
+    def _has_enough(self, kind: str) -> bool:
+        """Whether the server is up to losing one: a server that is always down is no target."""
+        if kind == "supervisor":
+            return self._lock_file.holder(HOST) != 0
+        cells = self._segment.cells
+        wanted = ROLES.index("worker")
+        joined = sum(
+            word & 0xFF == LIVE and cells.row_role[index] == wanted
+            for index, word in enumerate(cells.row_state)
+        )
+        return joined > 1
 
     def _repairers(self) -> list[int]:
         """Whoever holds the arbiter's byte now, or in a moment."""
