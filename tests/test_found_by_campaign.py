@@ -174,3 +174,60 @@ def test_a_worker_whose_supervisor_died_before_it_said_anything_leaves_without_a
     command = [sys.executable, "-m", "workers.worker", "nobody"]
     done = subprocess.run(command, input=b"", capture_output=True, cwd=REPOSITORY, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"")
+
+
+def test_workers_that_an_earlier_supervisor_had_started_do_not_come_on_top(
+    tmp_path: pathlib.Path,
+) -> None:
+    flag = tmp_path / "stop"
+    flag.touch()
+    (tmp_path / "sitecustomize.py").write_text(WAITS_TO_BE_KILLED.format(flag=str(flag)))
+    env = {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}
+    with Server(env=env, wait=False) as first:
+        starting = children(first.process.pid)
+
+        def both_wait() -> bool:
+            starting.update(children(first.process.pid))
+            return [state(pid) for pid in starting] == ["T", "T"]
+
+        wait_until(both_wait, "both have not joined yet")
+        first.process.kill()
+        first.process.wait()
+        flag.unlink()
+        with Server(name=first.name) as second:
+            ours = second.worker_pids()
+            for pid in starting:
+                os.kill(pid, signal.SIGCONT)
+            wait_until(lambda: all(state(pid) in "Z" for pid in starting), "they leave again")
+            assert second.worker_pids() == ours
+            with second.client() as client:
+                assert client.call("PING") == "PONG"
+
+
+@pytest.mark.slow
+def test_a_new_supervisor_waits_for_a_late_process_that_has_the_listener() -> None:
+    """The last one that has a duplicate is stopped: until it goes on the address is in use."""
+    with Server(workers=1) as first, Peer(first.name) as keeper:
+        keeper.run("import socket; pair = socket.socketpair(); sid = rt.create_socket(pair[0])")
+        with first.attach() as runtime:
+            (listener,) = (
+                int(row["id"]) for row in runtime.sockets() if runtime.is_listener(int(row["id"]))
+            )
+        wait_until(
+            lambda: keeper.ask(f"rt._descriptors.peek({listener}) is not None"), "it is spread"
+        )
+        with stopped(keeper.pid):
+            first.process.kill()
+            first.process.wait()
+            for pid in first.pids():
+                os.kill(pid, signal.SIGKILL)
+            with first.connect() as early:  # in the backlog that only the stopped one keeps
+                early.sendall(b"PING\r\n")
+                second = Server(name=first.name, bind=first.addresses, wait=False)
+                with second:
+                    wait_until(lambda: "waiting for who may have" in second.log(), "it waits")
+                    os.kill(keeper.pid, signal.SIGCONT)
+                    second.wait_ready()
+                    assert second.addresses == first.addresses
+                    assert early.recv(100) == b"+PONG\r\n"
+                    keeper.run("rt.close()")

@@ -49,6 +49,7 @@ COUNT_FOR_S = 0.01  # how long a count of owned sockets is good for
 BACK_OFF_S = (0.1, 5.0)
 HEALTHY_AFTER_S = 5.0  # a worker that lived this long starts its back-off anew
 COLLECT_FOR_S = 3.0  # how long a new supervisor waits for the workers to come back
+COLLECT_AT_MOST_S = 30.0  # and for who has the address it is to listen at
 COLLECT_EVERY_S = 0.02
 LOST_AFTER_S = 5.0  # an orphan whose descriptor nobody has given us by then has none any more
 GIVE_UP_AFTER = 5  # deaths in a row before anything was ready
@@ -169,6 +170,7 @@ class Supervisor:
         self._back_off_s = BACK_OFF_S[0]
         self._loads = np.zeros(0, "i8")
         self._counted_s = 0.0
+        self._collects_until_s = 0.0
         self._told: set[str] = set()
         self._missing: dict[int, float] = {}  # orphans without a descriptor, and since when
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # create has raised it
@@ -190,6 +192,7 @@ class Supervisor:
         self._on_ready = on_ready
         try:
             if self.took_over:
+                self._collects_until_s = time.monotonic() + COLLECT_AT_MOST_S
                 self._collect(time.monotonic() + COLLECT_FOR_S)
             else:
                 self._fill_up()
@@ -219,6 +222,15 @@ class Supervisor:
             self._listening.append(sid)
         self.runtime.spread(self._listening)
 
+    def _unbind(self) -> None:
+        """Undo a ``_bind`` that failed at its second address."""
+        for sid in self._listening:
+            self.runtime.set_failed(sid, errno.EADDRINUSE, "the server could not listen")
+        for listener in self.listeners:
+            listener.close()
+        self.listeners.clear()
+        self._listening.clear()
+
     def _collect(self, deadline: float) -> None:
         """After taking over: workers join and give back what they have; then go on as before."""
         self.runtime.repair()  # a worker may be at it: what it reaps is no orphan before that
@@ -237,6 +249,14 @@ class Supervisor:
             if not self.listeners:
                 self._bind()
         except OSError as error:
+            self._unbind()
+            if error.errno == errno.EADDRINUSE and self._collects_until_s > time.monotonic():
+                # Whoever has the listener is late: stopped, or a client that is slow to start.
+                self._tell_once(f"{error.strerror}: waiting for who may have the listener")
+                self.dispatcher.call_later(
+                    COLLECT_EVERY_S, functools.partial(self._collect, deadline)
+                )
+                return
             log.critical("the listeners were lost with the supervisor, and %s", error.strerror)
             self.exit_code = 1
             self._stop_asked()
@@ -368,6 +388,11 @@ class Supervisor:
         if child is None:
             child = self._adopt(row.pid)
             if child is None:
+                return
+            if len(self.children) > self.config.workers and not row.sockets:
+                # An earlier supervisor started it, and we have started another in its place.
+                child.index = index
+                child.send_signal(signal.SIGTERM)
                 return
         child.index = index
         self._failures = 0
