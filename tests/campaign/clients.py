@@ -116,7 +116,7 @@ class Stream:
         except ConnectionResetError:
             return  # what came before it can still be read; reading tells the end
         except OSError as error:
-            self.refused = error.errno == errno.ECONNREFUSED
+            self.refused |= error.errno == errno.ECONNREFUSED
             return
         self._out = self._out[sent:]
         self.load.want(self)
