@@ -115,13 +115,22 @@ class Programs:
         except subprocess.TimeoutExpired:
             # It never finishes after an EPIPE: it drops that client and goes on counting its
             # request as under way. But then no connection of it is left.
-            if (open_ones := _sockets_of(self._benchmark.pid)) > 0:
-                self._figures.complain(f"redis-benchmark waits on {open_ones} connections")
+            if waiting := self._established(self._benchmark.pid):
+                self._figures.complain(f"redis-benchmark has waited {_TIMEOUT_S} s: {waiting}")
             self._figures.programs["redis-benchmark gave up counting"] += 1
             self._benchmark.kill()
             self._benchmark.wait()
         self._benchmark = None
 
-
-def _sockets_of(pid: int) -> int:
-    return sum(what.startswith("socket:") for what in descriptors(pid).values())
+    def _established(self, pid: int) -> list[str]:
+        """A process's connections that are established at both ends, as the kernel shows them."""
+        inodes = {what[8:-1] for what in descriptors(pid).values() if what.startswith("socket:[")}
+        with open("/proc/net/tcp") as file:
+            rows = [line.split() for line in file][1:]
+        far = {(row[1], row[2]): row for row in rows}
+        found = []
+        for row in rows:
+            other = far.get((row[2], row[1]))
+            if row[9] in inodes and row[3] == "01" and other is not None and other[3] == "01":
+                found.append(f"port {int(row[1][9:], 16)}: queues {row[4]}, far end {other[4]}")
+        return found
