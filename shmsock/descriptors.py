@@ -57,9 +57,11 @@ class Entry:
         sock: The number, wrapped without asking the kernel what it is.
         used: When it was last used, as a tick of the cache.
         pollers: The epolls it is registered in, which must forget it before it is closed.
+        told: Whether this process knows that the socket is its own: created here, or passed. Who
+            becomes the owner of one that it had only written to is still to be told.
     """
 
-    __slots__ = ("fd", "pollers", "put", "sid", "sock", "used")
+    __slots__ = ("fd", "pollers", "put", "sid", "sock", "told", "used")
 
     def __init__(self, sid: int, sock: socket.socket) -> None:
         """A fresh entry, in no epoll."""
@@ -69,6 +71,7 @@ class Entry:
         self.used = 0
         self.pollers: list[collections.abc.Callable[[int], None]] = []
         self.put = False  # whether the host has it, if it should
+        self.told = False
 
 
 def wrap(fd: int) -> socket.socket:
@@ -165,8 +168,10 @@ class Descriptors:
         return self._entries.get(sid)
 
     def keep(self, sid: int, sock: socket.socket) -> Entry:
-        """Cache a socket object; the one that is there already is kept instead."""
-        return self._keep(Entry(sid, sock))
+        """Cache a socket object of ours; one that is there already is kept instead."""
+        entry = self._keep(Entry(sid, sock))
+        entry.told = True
+        return entry
 
     def _keep(self, entry: Entry) -> Entry:
         if len(self._entries) >= self._limit:
@@ -564,12 +569,15 @@ class Descriptors:
         unknown = {
             sid
             for row in rows
-            if (sid := int(versions[row]) << SLOT_BITS | row) not in self._entries
+            if not self._knows(sid := int(versions[row]) << SLOT_BITS | row, bool(mine[row]))
         }
         # A hand-over may be under way to us: what is still missing at the next look is asked for.
-        asked = [sid for sid in unknown if sid in self._missed]
+        late = [sid for sid in unknown if sid in self._missed]
         self._missed = {sid: self._missed.get(sid, 0) + self._answered for sid in unknown}
         self._answered = 0
+        # Of some we had a duplicate already, to write to them.
+        self._arrive([sid for sid in late if sid in self._entries])
+        asked = [sid for sid in late if sid not in self._entries]
         for sid in asked:
             if self._missed[sid] > _LOST_AFTER and mine[sid & SLOT_MASK]:
                 self.on_lost(sid)
@@ -577,6 +585,11 @@ class Descriptors:
             # No id is 0: its refusal says that the host has seen what stands before it. A host that
             # is stopped answers nothing, and nothing is lost by that.
             link.tell(channel.GET, [*asked, 0])
+
+    def _knows(self, sid: int, mine: bool) -> bool:
+        """Whether a socket is here, and read here if it is ours."""
+        entry = self._entries.get(sid)
+        return entry is not None and (entry.told or not mine)
 
     def _fd_of(self, sid: int) -> int:
         entry = self._entries.get(sid)
@@ -593,10 +606,9 @@ class Descriptors:
         elif message.type == channel.GOT:  # answers claim_unknown
             for sid, fd in zip(message.ids, message.descriptors, strict=False):
                 self._arrived(sid, fd)
-            if self.on_arrival is not None:
-                came = message.ids[: len(message.descriptors)]
-                owner, mine = self._cells.owner, self._engine.word
-                self.on_arrival([sid for sid in came if owner[sid & SLOT_MASK] == mine])
+            came = message.ids[: len(message.descriptors)]
+            owner, mine = self._cells.owner, self._engine.word
+            self._arrive([sid for sid in came if owner[sid & SLOT_MASK] == mine])
         elif message.type == channel.GET_NO:
             self._answered |= 0 in message.ids
         elif message.type == channel.KEEP:
@@ -604,6 +616,14 @@ class Descriptors:
                 self._arrived(sid, fd)
         else:
             channel.close_all(message.descriptors)
+
+    def _arrive(self, sids: list[int]) -> None:
+        for sid in sids:
+            entry = self._entries.get(sid)
+            if entry is not None:
+                entry.told = True
+        if sids and self.on_arrival is not None:
+            self.on_arrival(sids)
 
     def _receive_passed(self, link: channel.Link, message: channel.Message) -> None:
         arrived = []

@@ -18,6 +18,7 @@ from workers.supervisor import GIVE_UP_AFTER
 
 from .helpers import REPOSITORY, WATCHDOG_S, Forked, Peer, children, wait_until
 from .servers import Server
+from .test_rehome import ask, echo_worker, place
 
 
 @contextlib.contextmanager
@@ -117,6 +118,23 @@ def test_a_socket_is_not_given_to_a_process_that_was_reaped(runtime: Runtime, po
         assert theirs.recv(100) == b"still ours"
         ours.close()
         assert runtime.in_use() == 0
+
+
+def test_a_new_owner_that_was_never_told_finds_a_socket_it_had_written_to(
+    runtime: Runtime,
+) -> None:
+    """A duplicate kept for writing is no sign that it knows of the socket as its own."""
+    with echo_worker(runtime) as (first, index), echo_worker(runtime) as (other, heir):
+        sid, client = place(runtime, index)
+        with client:
+            other.run(f"ref = rt.address({sid}); ref.write(b'from aside'); ref.close()")
+            assert client.recv(100) == b"from aside"
+            first.kill()
+            wait_until(lambda: runtime.orphans() == [sid], "it waits for a new owner")
+            word = int(runtime._segment.cells.owner[sid & 0xFFFFFFFF])
+            # As if killed between this and passing it on.
+            assert runtime._engine.change_owner(sid, word, runtime._word_of(heir))
+            assert ask(client, b"found") == b"found"
 
 
 CREATE_AND_DIE = """
