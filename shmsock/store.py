@@ -132,7 +132,7 @@ class Store:
         Then not even a listener's backlog is lost with the host.
         """
         self._spread.extend(sids)
-        for link in self._workers.values():
+        for link in list(self._workers.values()):  # telling the dead takes them out
             link.tell(channel.KEEP, sids)
 
     def sweep(self) -> int:

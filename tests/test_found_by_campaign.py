@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -135,6 +136,23 @@ def test_a_new_owner_that_was_never_told_finds_a_socket_it_had_written_to(
             # As if killed between this and passing it on.
             assert runtime._engine.change_owner(sid, word, runtime._word_of(heir))
             assert ask(client, b"found") == b"found"
+
+
+def test_spreading_a_listener_while_processes_die_reaches_the_others(runtime: Runtime) -> None:
+    with contextlib.ExitStack() as stack:
+        first, second, third = (stack.enter_context(echo_worker(runtime))[0] for _ in range(3))
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            sid = runtime.create_socket(sock.dup(), on_owner_death="rehome")
+            noticed = threading.Event()
+            runtime._service.call_soon(noticed.wait)  # nobody notices the hang-ups before us
+            first.kill()
+            second.kill()
+            try:
+                runtime.spread([sid])
+            finally:
+                noticed.set()
+            wait_until(lambda: third.ask(f"rt._descriptors.peek({sid}) is not None"), "it has it")
+            runtime.set_failed(sid)
 
 
 CREATE_AND_DIE = """

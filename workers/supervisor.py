@@ -233,6 +233,16 @@ class Supervisor:
 
     def _collect(self, deadline: float) -> None:
         """After taking over: workers join and give back what they have; then go on as before."""
+        # ORDER: first, so that what raises (a stripe that cannot be had) is only tried again.
+        again = functools.partial(self._collect, deadline)
+        timer = self.dispatcher.call_later(COLLECT_EVERY_S, again)
+        if self._has_collected(deadline):
+            timer.cancel()
+
+    def _has_collected(self, deadline: float) -> bool:
+        """Look once; true when there is nothing to wait for any more."""
+        if self._draining:
+            return True
         self.runtime.repair()  # a worker may be at it: what it reaps is no orphan before that
         for sid in self.runtime.orphans():
             if self.runtime.is_listener(sid) and self.runtime.rehome(sid):
@@ -243,25 +253,22 @@ class Supervisor:
         expected = {row.pid for row in rows if row.role == "worker" and row.alive}
         missing = expected - {child.pid for child in self.children if child.index >= 0}
         if (waiting or missing) and time.monotonic() < deadline:
-            self.dispatcher.call_later(COLLECT_EVERY_S, functools.partial(self._collect, deadline))
-            return
+            return False
         try:
-            if not self.listeners:
+            if self.listeners:
+                self.runtime.spread(self._listening)
+            else:
                 self._bind()
         except OSError as error:
             self._unbind()
             if error.errno == errno.EADDRINUSE and self._collects_until_s > time.monotonic():
                 # Whoever has the listener is late: stopped, or a client that is slow to start.
                 self._tell_once(f"{error.strerror}: waiting for who may have the listener")
-                self.dispatcher.call_later(
-                    COLLECT_EVERY_S, functools.partial(self._collect, deadline)
-                )
-                return
+                return False
             log.critical("the listeners were lost with the supervisor, and %s", error.strerror)
             self.exit_code = 1
             self._stop_asked()
-            return
-        self.runtime.spread(self._listening)
+            return True
         connections = self.runtime.connections()
         log.info("took over %d workers and %d connections", len(self.children), connections)
         self._fill_up()
@@ -269,6 +276,7 @@ class Supervisor:
         if self._ready():
             self._start_accepting()
             self._tell_ready()
+        return True
 
     def _adopt_listener(self, sid: int) -> None:
         reference = self.runtime.address(sid)
@@ -292,8 +300,14 @@ class Supervisor:
             if self.runtime.is_listener(sid):
                 continue
             index = self._least_loaded()
-            if self.runtime.rehome(sid, index):
-                self._loads[index] += 1
+            try:
+                if self.runtime.rehome(sid, index):
+                    self._loads[index] += 1
+            except (
+                ShmsockError
+            ) as error:  # a stripe is not to be had: whoever called has more to do
+                log.error("what a dead worker left is rehomed later: %s", error)
+                return
 
     def _rehome_again(self) -> None:
         """What could not be rehomed at once, once a second; what nobody can be given, fails.
