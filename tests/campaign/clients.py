@@ -559,10 +559,9 @@ class Load:
         self._watch(stream, events)
 
     def _handle(self, stream: Stream, events: int) -> None:
+        if not stream.port:
+            stream.port = int(stream.sock.getsockname()[1])
         if events & selectors.EVENT_WRITE:
-            if not stream.port:
-                with contextlib.suppress(OSError):
-                    stream.port = int(stream.sock.getsockname()[1])
             stream.flush()
             self.want(stream)
         if events & selectors.EVENT_READ:
