@@ -297,7 +297,7 @@ class Publisher(RespStream):
         self._before = self.word()
         self._sent_s = now
         self.asked(now)
-        size = 30_000 if self.load.rng.random() < 0.03 else 0
+        size = 60_000 if self.load.rng.random() < 0.08 else 0
         text = f"{self.source}:{self._number}"
         self.send(encode("PUBLISH", self._channel, text + ":" + "x" * size if size else text))
 
@@ -337,7 +337,7 @@ class Subscriber(RespStream):
     kind = "subscriber"
 
     def __init__(self, load: Load) -> None:
-        self._slow = load.rng.random() < 0.25
+        self._slow = load.rng.random() < 0.4
         self.receive_bytes = 4096 if self._slow else 0
         super().__init__(load)
         self._version = load.rng.choice((2, 3))
@@ -613,7 +613,7 @@ class Load:
 
     def _why(self, sid: int) -> str:
         code = self.runtime._io.error_of(sid)[0] if sid else errno.ENOTCONN
-        return "unknown" if code == errno.ENOTCONN else errno.errorcode.get(code, str(code))
+        return "unknown" if code in (0, errno.ENOTCONN) else errno.errorcode.get(code, str(code))
 
     def _watch_owners(self) -> None:
         """Count the connections that changed hands."""

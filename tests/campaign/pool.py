@@ -22,6 +22,7 @@ MARK = b"sink"  # user data of the sockets that pool processes create
 CHANNELS = (b"c0", b"c1")
 _HELD = 8
 _OWN = 6
+_LONG = 0.2
 _MALICE = 0.03  # of the times that it might fail somebody else's socket
 
 Expected = (
@@ -129,6 +130,8 @@ class Member:
         if form == "line":
             message = b"%s\n" % text
         else:
+            if self._rng.random() < _LONG:  # more than a slow one's kernel takes at once
+                text += b":" + b"x" * 50_000
             message = b"%s\r\n$7\r\nmessage\r\n$4\r\npool\r\n$%d\r\n%s\r\n" % (
                 b">3" if form == "3" else b"*3",
                 len(text),
