@@ -196,7 +196,7 @@ class Campaign:
         self._started_s = time.monotonic()
         self._servers.append(
             Server(
-                *("--slots", "2048", "--max-unwritten-bytes", "200000"),
+                *("--slots", "2048", "--max-unwritten-bytes", "2000000"),
                 name=self._name,
                 bind=[f"127.0.0.1:{self._port}"],
                 workers=self.options.workers,
