@@ -354,7 +354,7 @@ class Subscriber(RespStream):
     @property
     def reads_now(self) -> bool:
         """A slow one looks away most of the time."""
-        return not self._slow or self.load.quiet or self.load.rng.random() < 0.05
+        return not self._slow or self.load.quiet or self.load.rng.random() < 0.01
 
     def start(self) -> None:
         self.asked(time.monotonic())

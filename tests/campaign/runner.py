@@ -241,6 +241,13 @@ class Campaign:
             return len(workers) == self.options.workers
 
         self._settled("every worker is up", complete)
+        wanted = sum(self.options.counts.values())
+
+        def back() -> bool:
+            placed = [s for s in load.living() if s.sid and not isinstance(s, SinkStream)]
+            return len(placed) >= wanted
+
+        self._settled("every client is back", back)
         load.quiet = True
         for sink in load.of(SinkStream):
             if not sink.sid:  # its creator died before it said the id
