@@ -17,6 +17,7 @@ class Figures:
         ended: Connections whose peer ended them, by what the table said of the failure.
         worst_wait_s: The longest an established connection that lived on waited for an answer.
         worst_entry_s: The longest from connect to the first answer.
+        longest_gap_s: The longest from the death of a ready supervisor to the next ready one.
         worst_start_s: The longest a supervisor that was not killed took until it was ready.
         complaints: What broke a promise. None, if all is well.
     """
@@ -39,6 +40,7 @@ class Figures:
     programs: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     worst_wait_s: float = 0.0
     worst_entry_s: float = 0.0
+    longest_gap_s: float = 0.0
     worst_start_s: float = 0.0
     survivors: int = 0
     complaints: list[str] = dataclasses.field(default_factory=list)
@@ -67,6 +69,7 @@ class Figures:
             ("clients alive and served at the end", f"{self.survivors}"),
             ("worst wait for an answer", f"{self.worst_wait_s:.2f} s"),
             ("worst wait of a new connection", f"{self.worst_entry_s:.2f} s"),
+            ("longest without a ready supervisor", f"{self.longest_gap_s:.2f} s"),
             ("worst start of a supervisor", f"{self.worst_start_s:.2f} s"),
             ("promises broken", f"{len(self.complaints)}"),
         ]

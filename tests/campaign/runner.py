@@ -208,6 +208,8 @@ class Campaign:
         self._ready = True
         now = time.monotonic()
         self._without_host = [(begin, min(end, now)) for begin, end in self._without_host]
+        gaps = (end - begin for begin, end in self._without_host)
+        self.figures.longest_gap_s = max(gaps, default=0.0)
         stopped = any(
             act["act"] == "stop" and act["pid"] == self._servers[-1].process.pid
             for act in list(self.acts)
