@@ -102,6 +102,15 @@ def test_who_has_ended_may_be_the_one_that_was_counted() -> None:
     assert judged([2, 2], Listener(0, 1), Listener(0, ended_s=1.9)).lost == 1
 
 
+def test_one_that_ended_does_not_take_the_excuse_of_one_whose_message_died_with_its_writer() -> (
+    None
+):
+    listeners = Listener(0, 1), Listener(0), Listener(0, ended_s=2.4)
+    figures = judged([3, 2], *listeners, killed=frozenset((WORKER,)))
+    assert (figures.died_with_writer, figures.complaints) == (1, [])
+    assert judged([3, 2], *listeners).complaints
+
+
 def test_who_was_not_counted_was_out_of_reach_only_without_a_host() -> None:
     assert judged([2, 1], Listener(0, 1), Listener(0)).complaints
     figures = judged([2, 1], Listener(0, 1), Listener(0), without_host=((1.8, 2.2),))

@@ -103,7 +103,11 @@ def _judge(
             f"lost: {message} reached {got} of {message.count}; {ended} have ended, "
             f"these live and did not get it: {who}"
         )
-    left_out = len(missing) - promised
+    # Whether one that has ended was among the n is not known. If it was not, one more of these was
+    # promised the message; if it was, one more was left out. Either needs its reason.
+    perhaps = max(0, min(len(missing), message.count - got) - promised)
+    figures.died_with_writer += (perhaps_died := min(perhaps, died - excused))
+    left_out = len(missing) - promised - perhaps_died
     if left_out > 0:
         figures.out_of_reach += left_out
         if not _overlaps(message, without_host):
