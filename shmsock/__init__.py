@@ -34,6 +34,7 @@ from .runtime import Runtime, current
 from .segment import check_name, names_on_machine
 from .socket import SocketRef
 from .view import ProcessInfo
+from .wishes import Wish
 
 __version__ = VERSION
 
@@ -61,6 +62,7 @@ __all__ = [
     "Status",
     "StripeTimeoutError",
     "TableFullError",
+    "Wish",
     "check_name",
     "clean",
     "current",

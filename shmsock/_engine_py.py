@@ -99,6 +99,7 @@ def recycle(cells: Cells, slot: int) -> None:
     if version & 1:
         cells.versioned_ref[slot] = recycled_version(version) << SLOT_BITS
     cells.owner[slot] = 0
+    cells.heir[slot] = 0
     cells.writer[slot] = 0
     cells.busy[slot] = 0
     cells.inode[slot] = 0
@@ -246,7 +247,7 @@ class Engine(Stripes):
         cells, columns = self.cells, self.segment.columns
         now_ns = time.monotonic_ns()
         cells.retired[slot] = cells.busy[slot] = cells.selector[slot] = 0
-        cells.error_code[slot] = cells.writer[slot] = 0
+        cells.error_code[slot] = cells.writer[slot] = cells.heir[slot] = 0
         cells.kind[slot] = new.kind
         cells.on_owner_death[slot] = new.on_owner_death
         cells.inode[slot] = new.inode
@@ -376,7 +377,59 @@ class Engine(Stripes):
         cells = self.cells
         if not self._is_live(slot, sid) or cells.owner[slot] != expected or cells.busy[slot]:
             return NOTHING
+        cells.heir[slot] = 0  # whatever the old owner had offered
         cells.owner[slot] = owner
+        return DONE
+
+    def offer(self, sid: int, heir: int) -> int:
+        """Offer a socket of ours to another process: DONE if it is idle, ours and not released.
+
+        From here to ``withdraw`` or the heir's ``inherit`` nobody may read it.
+
+        If killed: an orphan with an heir, who may still take it; so may whom the host chooses.
+        """
+        slot = sid & SLOT_MASK
+        return self.run(slot // self._block, self._offer, slot, (sid, heir))
+
+    def _offer(self, slot: int, argument: tuple[int, int]) -> int:
+        sid, heir = argument
+        cells = self.cells
+        if not self._is_live(slot, sid) or cells.owner[slot] != self.word:
+            return NOTHING
+        if cells.busy[slot] or cells.retired[slot]:
+            return NOTHING
+        cells.heir[slot] = heir
+        return DONE
+
+    def withdraw(self, sid: int, heir: int) -> int:
+        """Take an offer back: DONE if it stands, so that nobody else has had the socket since."""
+        slot = sid & SLOT_MASK
+        return self.run(slot // self._block, self._withdraw, slot, (sid, heir))
+
+    def _withdraw(self, slot: int, argument: tuple[int, int]) -> int:
+        sid, heir = argument
+        cells = self.cells
+        mine = cells.owner[slot] == self.word and cells.heir[slot] == heir
+        if not self._is_live(slot, sid) or not mine:
+            return NOTHING
+        cells.heir[slot] = 0
+        return DONE
+
+    def inherit(self, sid: int) -> int:
+        """Become the owner of a socket that was offered to us: DONE, unless it was withdrawn.
+
+        ORDER: the heir before the owner. CRASH(inherit): in between nobody was offered anything;
+        after both, the owner is dead and the socket an orphan.
+        """
+        slot = sid & SLOT_MASK
+        return self.run(slot // self._block, self._inherit, slot, sid)
+
+    def _inherit(self, slot: int, sid: int) -> int:
+        cells = self.cells
+        if not self._is_live(slot, sid) or cells.heir[slot] != self.word or cells.busy[slot]:
+            return NOTHING
+        cells.heir[slot] = 0
+        cells.owner[slot] = self.word
         return DONE
 
     def set_user_data(self, sid: int, data: bytes) -> int:

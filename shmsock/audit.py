@@ -181,6 +181,7 @@ class Audit:
 
         vrefs, states = take(columns.versioned_ref), take(columns.state)
         retired, owners, writers = map(take, (columns.retired, columns.owner, columns.writer))
+        heirs = take(columns.heir)
         held = columns.held if rows is None else columns.held[rows]
         attached = held.sum(axis=1, dtype="u4").astype("u8")
         versions, nrefs = vrefs >> np.uint64(SLOT_BITS), vrefs & np.uint64(SLOT_MASK)
@@ -212,11 +213,11 @@ class Audit:
                 ),
             ),
             (
-                free & ((owners != 0) | (writers != 0) | (retired != 0)),
+                free & ((owners != 0) | (writers != 0) | (heirs != 0) | (retired != 0)),
                 Cure.MENDABLE,
                 lambda i: (
                     f"is FREE with owner {owners[i]:#x}, writer {writers[i]:#x}, "
-                    f"retired {retired[i]}"
+                    f"heir {heirs[i]:#x}, retired {retired[i]}"
                 ),
             ),
             (
@@ -265,6 +266,11 @@ class Audit:
                 live & even & ~_known(writers, live, words),
                 lost,
                 lambda i: left(int(writers[i]), "written"),
+            ),
+            (
+                live & even & ~_known(heirs, live, words),
+                lost,
+                lambda i: left(int(heirs[i]), "to be inherited"),
             ),
         )
         block = self._layout.block

@@ -11,6 +11,7 @@ never pickles: a header, then up to 253 SocketIds, then as many descriptors wher
     PASS_NO  ids                     to the host        their descriptors did not arrive
     FAILED   ids                     to the host        a hint: sweep these now
     KEEP     ids + descriptors       from the host      duplicates to hold for the next host
+    OFFER    ids, code: an index     to the host        a hint: PASS these to their heir
 
 What is said about state can be derived again from the table, so a message that finds the queue
 full may be dropped.
@@ -33,7 +34,7 @@ import threading
 import time
 import typing
 
-HELLO, PUT, PUT_OK, PUT_NO, GET, GOT, GET_NO, PASS, PASS_NO, FAILED, KEEP = range(1, 12)
+HELLO, PUT, PUT_OK, PUT_NO, GET, GOT, GET_NO, PASS, PASS_NO, FAILED, KEEP, OFFER = range(1, 13)
 WITH_DESCRIPTORS = frozenset((PUT, GOT, PASS, KEEP))
 
 MAX_IDS = 253  # SCM_MAX_FD of the kernel
@@ -80,7 +81,7 @@ def unpack(data: bytes) -> tuple[int, int, tuple[int, ...]]:
     if len(data) < _HEADER.size:
         raise BadMessageError(f"{len(data)} bytes are too few")
     magic, kind, count, code = _HEADER.unpack_from(data)
-    if magic != _MAGIC or not HELLO <= kind <= KEEP or count > MAX_IDS:
+    if magic != _MAGIC or not HELLO <= kind <= OFFER or count > MAX_IDS:
         raise BadMessageError("not a message of this version")
     if len(data) != _HEADER.size + 8 * count:
         raise BadMessageError(f"{len(data)} bytes do not hold {count} ids")

@@ -10,6 +10,8 @@ four numbers in the header, so an offset is never stored and cannot disagree.
     claim        generation << 2 | kind        0 none; WANT, OWN, BROKEN
     row state    epoch << 8 | state            FREE, LIVE, REAPING
     owner        epoch << 16 | index           0 nobody; a row's next tenant does not match
+    heir         likewise                      to whom the owner has offered the socket
+    row wish     epoch << 8 | wish             what somebody wishes of that process
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import typing
 import numpy as np
 
 MAGIC = 0x6B636F736D6873  # "shmsock"
-LAYOUT = 2
+LAYOUT = 3
 PAGE_BYTES = 4096
 ALIGN_BYTES = 64
 
@@ -155,6 +157,7 @@ _COLUMNS = (
     ("row_started_ns", "u8", "p"),
     ("row_role", "u8", "p"),
     ("row_heartbeat_ns", "u8", "p"),
+    ("row_wish", "u8", "p"),
     # stripes
     ("ctl", "u8", "t"),
     ("hint", "u8", "t"),
@@ -162,6 +165,7 @@ _COLUMNS = (
     # slots
     ("versioned_ref", "u8", "s"),
     ("owner", "u8", "s"),
+    ("heir", "u8", "s"),
     ("writer", "u8", "s"),
     ("state", "u1", "s"),
     ("retired", "u1", "s"),

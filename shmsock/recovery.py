@@ -236,6 +236,9 @@ class Recovery:
         for index in dead:
             self._columns.held[rows, index] = 0
         live = np.array([0, *self._living_words(dead)], "u8")
+        stale = np.flatnonzero(~np.isin(self._columns.heir[rows], live))
+        for offset in stale.tolist():  # who offered it watches it again, or has died too
+            self._cells.heir[begin + offset] = 0
         states = self._columns.state[rows]
         attached = np.count_nonzero(self._columns.held[rows], axis=1)
         vrefs = self._columns.versioned_ref[rows]
@@ -319,9 +322,10 @@ class Recovery:
         return True
 
     def _stripes_of(self, index: int, word: int) -> list[int]:
-        """The stripes where a process claims, is attached, owns or writes."""
+        """The stripes where a process claims, is attached, owns, writes or is to inherit."""
         columns = self._columns
         slots = (columns.held[:, index] != 0) | (columns.owner == word) | (columns.writer == word)
+        slots |= columns.heir == word
         touched = slots.reshape(self._layout.stripes, self._layout.block).any(axis=1)
         return np.flatnonzero(touched | (columns.claims[index] != 0)).tolist()
 

@@ -32,6 +32,7 @@ from .errors import (
     TableFullError,
 )
 from .groups import Groups
+from .handover import HandOver
 from .layout import (
     HEADER_INDEX,
     KIND_NAMES,
@@ -62,6 +63,7 @@ from .service import Service
 from .socket import SocketIO, SocketRef
 from .store import Store
 from .view import View, index_of
+from .wishes import Wishes
 from .writing import Writers
 
 if typing.TYPE_CHECKING:
@@ -151,6 +153,11 @@ class Runtime(View):
         self._descriptors.on_lost = lambda sid: self._io.set_failed(
             sid, errno.EBADF, "its descriptor was lost with the host"
         )
+        self._hand_over = HandOver(self)
+        self._io.hand_over = lambda sid, index, on_done: self._hand_over.offer(
+            sid, self._word_of(index), on_done
+        )
+        self.wishes = Wishes(segment)
         self._dispatcher: Dispatcher | None = None
         self._groups: Groups | None = None
         self._closed = False
@@ -230,6 +237,7 @@ class Runtime(View):
             self._look,
         )
         self._store.on_refused = self._refused
+        self._store.on_offer = self._hand_over.route
         self._descriptors.store = self._store
         self._service.ensure()
 
@@ -535,6 +543,10 @@ class Runtime(View):
             self._groups.check = self._segment.check
         return self._groups
 
+    def unwritten_bytes(self) -> int:
+        """How much this process has written that still waits here, for peers or for its turn."""
+        return self._writers.total_bytes()
+
     def _prefetch(self, sids: collections.abc.Sequence[int]) -> None:
         with contextlib.suppress(DescriptorError):  # each write says it for itself
             self._descriptors.fetch(sids)
@@ -630,7 +642,7 @@ class Runtime(View):
     def _arrived(self, sids: list[int]) -> None:
         dispatcher = self._dispatcher
         if dispatcher is not None and dispatcher._arrived is not None:
-            dispatcher._tell(dispatcher._arrived, sids)
+            dispatcher._tell(dispatcher._arrived, self._hand_over.take(sids))
 
     def _tick(self) -> None:
         """Once a second, in the service loop."""
@@ -649,6 +661,7 @@ class Runtime(View):
             self._writers.tick,
             self._descriptors.tick,
             self._claim_unknown,
+            self._hand_over.tick,
             self._renew_semaphores,
         ):
             self._service.call_soon(step)

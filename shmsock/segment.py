@@ -93,11 +93,13 @@ class Columns:
     row_started_ns: Array
     row_role: Array
     row_heartbeat_ns: Array
+    row_wish: Array
     ctl: Array
     hint: Array
     claims: Array
     versioned_ref: Array
     owner: Array
+    heir: Array
     writer: Array
     state: Array
     retired: Array
@@ -133,11 +135,13 @@ class Cells:
     row_started_ns: Words
     row_role: Words
     row_heartbeat_ns: Words
+    row_wish: Words
     ctl: Words
     hint: Words
     claims: Words
     versioned_ref: Words
     owner: Words
+    heir: Words
     writer: Words
     state: Words
     retired: Words

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections.abc
 import errno
 import socket
 import time
@@ -142,6 +143,38 @@ class SocketRef(Reference):
         """Add to the statistics of messages read; the owner's to call."""
         self._io.open_segment().cells.messages_in[self.id & SLOT_MASK] += count
 
+    def hand_over(
+        self,
+        index: int,
+        on_done: collections.abc.Callable[[int, bool], object] | None = None,
+    ) -> bool:
+        """Offer an idle socket of this process to another one, which goes on reading it.
+
+        Its consumer is removed first: from here on this process must not read it. The other is
+        given it by its dispatcher's ``on_arrival``. If it does not take it within three seconds
+        the offer is withdrawn and the consumer comes back.
+
+        Args:
+            index: Of the process that shall own it.
+            on_done: Called once with the id and True when it is this process's no more, so that
+                what it remembers of it should be forgotten; with False when it still is. Not at
+                all if the socket has ended: then the consumer's ``on_failed`` is.
+
+        Returns:
+            False, and nothing changed, if it is not ours, ``busy``, offered already, released or
+            failed.
+
+        Raises:
+            ValueError: ``index`` is no other live process.
+            StripeTimeoutError: As of every transition; the consumer comes back.
+
+        Concurrency: in the dispatcher's loop, and ``on_done`` too.
+        If killed: the socket is the heir's, or an orphan; see ``on_owner_death``.
+        """
+        if index == self._io.engine.index:
+            raise ValueError("a socket is handed over to another process")
+        return self._io.hand_over(self.id, index, on_done)
+
     def set_failed(self, code: int = errno.ECONNABORTED, text: str = "") -> bool:
         """Fail the socket, as ``Runtime.set_failed``; true for the one winner."""
         return self._io.set_failed(self.id, code, text)
@@ -167,6 +200,10 @@ class SocketIO:
         self.engine = engine
         self.descriptors = descriptors
         self.writers: Writers
+        # What ``SocketRef.hand_over`` does (handover.py).
+        self.hand_over: collections.abc.Callable[
+            [int, int, collections.abc.Callable[[int, bool], object] | None], bool
+        ]
 
     def entry(self, reference: SocketRef) -> Entry:
         """The cached descriptor of a held socket.

@@ -66,6 +66,8 @@ class Store:
         self.on_join: collections.abc.Callable[[int], object] | None = None
         # Called with the ids whose hand-over did not arrive.
         self.on_refused: collections.abc.Callable[[int, tuple[int, ...]], None] | None = None
+        # Called with an index and the ids that a process has offered to it.
+        self.on_offer: collections.abc.Callable[[int, list[int]], None] | None = None
         # Random, so that nobody can sit on the name beforehand.
         # No longer: with the longest name of a runtime it must fit ADDRESS_BYTES.
         self.address = f"{run_directory(segment.name)}/control-{secrets.token_hex(5)}"
@@ -261,6 +263,9 @@ class Store:
             for sid in message.ids:
                 if not self._is_live(sid):
                     self.drop(sid)
+        elif message.type == channel.OFFER:
+            if self.on_offer is not None:
+                self.on_offer(message.code, list(message.ids))
         elif message.type == channel.PASS_NO:
             if self.on_refused is not None:
                 self.on_refused(link.index, message.ids)

@@ -226,6 +226,10 @@ class Writers:
         queue = self._queues.get(sid)
         return queue.unwritten if queue is not None else 0
 
+    def total_bytes(self) -> int:
+        """How much waits in this process for all sockets."""
+        return sum(queue.unwritten for queue in list(self._queues.values()))
+
     def _append(self, sid: int, buffers: tuple[Buffer, ...]) -> bool:
         """Put a message behind what waits; false when nothing waits any more."""
         message = _join(buffers)

@@ -39,6 +39,7 @@ PUBLIC = [
     "Status",
     "StripeTimeoutError",
     "TableFullError",
+    "Wish",
     "check_name",
     "clean",
     "current",
@@ -56,6 +57,7 @@ METHODS = {
     "SocketRef": {
         "fileno", "peer", "failed", "error", "user_data", "write", "flush", "wait_writable",
         "recv", "add_reference", "set_failed", "release_additional_reference", "close",
+        "hand_over",
     },
     "Inspector": {"sockets", "processes", "audit", "mend", "poisoned", "close"},
     "Dispatcher": {"add_consumer", "remove_consumer", "run", "stop", "fileno"},

@@ -92,6 +92,24 @@ def give_away(member: Member, sid: int) -> Operation:
     return lambda: member.engine.change_owner(sid, member.word, owner)
 
 
+def offer(member: Member, sid: int) -> Operation:
+    owner = member.cells.owner[sid & SLOT]
+    member.engine.change_owner(sid, owner, member.word)
+    return lambda: member.engine.offer(sid, owner)
+
+
+def withdraw(member: Member, sid: int) -> Operation:
+    owner = member.cells.owner[sid & SLOT]
+    member.engine.change_owner(sid, owner, member.word)
+    member.engine.offer(sid, owner)
+    return lambda: member.engine.withdraw(sid, owner)
+
+
+def inherit(member: Member, sid: int) -> Operation:
+    member.cells.heir[sid & SLOT] = member.word
+    return lambda: member.engine.inherit(sid)
+
+
 def set_user_data(member: Member, sid: int) -> Operation:
     return lambda: member.engine.set_user_data(sid, b"new")
 
@@ -108,7 +126,7 @@ OPERATIONS = {
     for operation in (
         create, attach, detach, set_failed, set_failed_while_held, release, release_while_held,
         let_go_of_failed, let_go_of_released, take_turn, give_turn, change_owner, give_away,
-        set_user_data,
+        set_user_data, offer, withdraw, inherit,
     )
 }  # fmt: skip
 
@@ -121,6 +139,9 @@ OUTCOMES = {
     "give_turn": {ALIVE, FAILED, GONE},
     "change_owner": {ALIVE, FAILED, GONE},
     "give_away": {ALIVE, FAILED, GONE},
+    "offer": {FAILED, GONE},
+    "withdraw": {FAILED, GONE},
+    "inherit": {ALIVE, FAILED, GONE},
     "set_user_data": {ALIVE},
     "let_go_of_failed": {FAILED, GONE},
 }
@@ -196,7 +217,9 @@ class Scene:
         assert status in OUTCOMES.get(what, {ALIVE, FAILED, GONE})
         if what in ("take_turn", "give_turn") and status is FAILED:
             assert table.cells.error_code[self.sid & SLOT] == errno.EPIPE
-        if what in ("change_owner", "give_away") and status is FAILED:
+        if status is not GONE:
+            assert table.cells.heir[self.sid & SLOT] in [0, *table.processes.live_words()]
+        if what in ("change_owner", "give_away", "offer", "inherit") and status is FAILED:
             assert table.cells.error_code[self.sid & SLOT] == errno.EOWNERDEAD
         if what == "set_user_data":
             selected = table.cells.selector[self.sid & SLOT] & 1
