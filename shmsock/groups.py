@@ -181,6 +181,21 @@ class Groups:
         keys = self._read(lambda txn, opened: _values(txn, opened.groups_of, value))
         return self._remove_all([(key, value) for key in keys], only_stale=False)
 
+    def names_of(self, sid: int) -> list[bytes]:
+        """The groups that an id is in, sorted."""
+        if not 0 < sid < 1 << 64:
+            return []
+        value = sid.to_bytes(8, "big")
+
+        def look(txn: Txn, opened: Opened) -> list[bytes]:
+            return [
+                txn.get(key, b"", opened.long_names) if len(key) == _KEY_BYTES else key[1:]
+                for key in _values(txn, opened.groups_of, value)
+                if _has(txn, opened, key, value)
+            ]
+
+        return sorted(self._read(look))
+
     def members(self, name: bytes | str) -> list[int]:
         """The live ids of a group, ascending."""
         key = _key(_bytes(name))

@@ -168,7 +168,7 @@ class HandOver:
         elif not self._engine.is_live(sid):
             self._ended(sid, offer)
         elif self._segment.cells.owner[sid & SLOT_MASK] != self._engine.word:
-            self._runtime._descriptors.discard(sid)
+            self._keep_for_writing(sid)
             _call(offer.on_done, sid, True)
         elif self._accepts():
             # Ours, and not offered any more, by no withdrawal: its heir died, and perhaps had it
@@ -178,6 +178,14 @@ class HandOver:
         else:
             self._watch_again(sid, offer)
             _call(offer.on_done, sid, False)
+
+    def _keep_for_writing(self, sid: int) -> None:
+        """Our descriptor is a duplicate like any other from here on: its hang-up is watched."""
+        descriptors = self._runtime._descriptors
+        entry = descriptors.peek(sid)
+        # A writer's wish for EPOLLOUT hears the hang-up as well, and must not be replaced.
+        if entry is not None and self._runtime._service.unwatch not in entry.pollers:
+            descriptors.watch_hang_up(entry)
 
     def _watch_again(self, sid: int, offer: Offer) -> None:
         dispatcher, consumer = self._runtime._dispatcher, offer.consumer

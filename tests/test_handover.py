@@ -74,7 +74,11 @@ def test_an_idle_socket_is_handed_over_and_its_peer_notices_nothing(runtime: Run
             wait_until(lambda: first.ask("told") == [[sid, True]], "the giver is told")
             assert first.ask("dispatcher.consumers()") == []
             assert second.ask("dispatcher.consumers()") == [sid]
-            assert first.ask(f"rt._descriptors.peek({sid}) is None")
+            first.run(f"ref = rt.address({sid}); ref.write(b'from outside'); ref.close()")
+            assert client.recv(100) == b"from outside"
+            assert first.ask(f"rt._service.unwatch in rt._descriptors.peek({sid}).pollers")
+            runtime.set_failed(sid)
+            wait_until(lambda: first.ask(f"rt._descriptors.peek({sid}) is None"), "it hears it")
             check(runtime)
 
 

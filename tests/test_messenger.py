@@ -49,6 +49,8 @@ class LineSession:
         self.buffer = b""
         self.lines: list[bytes] = []
         self.ended: list[int] = []
+        self.gone: list[int] = []
+        self.stays = False
 
     def receive(self, ref: shmsock.SocketRef, data: bytes) -> bool:
         self.buffer += data
@@ -74,6 +76,12 @@ class LineSession:
 
     def messages(self) -> int:
         return len(self.lines)
+
+    def movable(self) -> bool:
+        return not self.stays
+
+    def moved(self, sid: int) -> None:
+        self.gone.append(sid)
 
     def end(self, sid: int) -> None:
         self.ended.append(sid)

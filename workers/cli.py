@@ -94,6 +94,16 @@ def _parser() -> argparse.ArgumentParser:
     push = _command(commands, "push", _push, "write to a client, whichever worker owns it")
     push.add_argument("id", type=_socket_id, help="a number, or sk-... text")
     push.add_argument("text", help="what to write, as it is; - reads standard input")
+    for name, run, text in (
+        ("drain", _drain, "replace one worker: it hands over its connections and leaves"),
+        ("reload", _reload, "replace every worker, one by one; as SIGHUP to the supervisor does"),
+    ):
+        command = _command(commands, name, run, text)
+        command.add_argument(
+            "--timeout", type=_seconds, default=300.0, metavar="S", help="how long to wait for it"
+        )
+        if run is _drain:
+            command.add_argument("worker", type=_positive_or_zero, help="process index or pid")
     clean = _command(commands, "clean", _clean, "remove what a crash of everything left behind")
     clean.add_argument("--all", action="store_true", help="of every runtime on this machine")
     clean.add_argument(
@@ -166,6 +176,10 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
     return value
+
+
+def _positive_or_zero(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
 
 
 def _seconds(text: str) -> float:
@@ -378,6 +392,27 @@ def _push(options: argparse.Namespace) -> int:
                 print(f"shmsock: {text} does not read: not all was sent", file=sys.stderr)
                 return FAILED
     return OK
+
+
+def _drain(options: argparse.Namespace) -> int:
+    from . import replacing
+
+    with _attach(options.name) as runtime:
+        return _replace(runtime, [replacing.worker_named(runtime, options.worker)], options.timeout)
+
+
+def _reload(options: argparse.Namespace) -> int:
+    with _attach(options.name) as runtime:
+        return _replace(runtime, None, options.timeout)
+
+
+def _replace(runtime: Runtime, indexes: list[int] | None, timeout_s: float) -> int:
+    from . import replacing
+
+    problem = replacing.replace(runtime, indexes, timeout_s)
+    if problem:
+        print(f"shmsock: {problem}", file=sys.stderr)
+    return FAILED if problem else OK
 
 
 def _clean(options: argparse.Namespace) -> int:

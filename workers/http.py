@@ -218,6 +218,14 @@ class HttpSession:
         """Requests handed to the handler."""
         return self._messages
 
+    def movable(self) -> bool:
+        """Between two requests there is no state."""
+        return not self._closed and self.idle()
+
+    def moved(self, sid: int) -> None:
+        """Nothing is kept of it."""
+        self.end(sid)
+
     def end(self, sid: int) -> None:
         """Drop what was buffered."""
         self._closed = True

@@ -156,6 +156,7 @@ class RespSession:
         "_out",
         "_parser",
         "_plain",
+        "_published",
         "_ref",
         "_stored",
         "channels",
@@ -176,6 +177,7 @@ class RespSession:
         self._messages = 0
         self._muted = False
         self._closing = False
+        self._published = False
         self._stored = ClientInfo.unpack(ref.user_data)
         self.info = self._stored or ClientInfo(authenticated=not hub.protected)
         if self.info.sub or self.info.psub:
@@ -216,6 +218,20 @@ class RespSession:
         if self.channels or self.patterns:
             self.hub.runtime.groups.discard_everywhere(sid)
 
+    def movable(self) -> bool:
+        """Everything is in the user data and the groups.
+
+        What this worker still has to send of a publisher's messages must be out: another worker
+        would be ahead of it with the next one.
+        """
+        if self._published and self.hub.runtime.unwritten_bytes():
+            return False
+        return not self._closing and self._parser.idle()
+
+    def moved(self, sid: int) -> None:
+        """Leave it to its new owner; its groups are its own."""
+        self.hub.sessions.pop(sid, None)
+
     # -- what handlers use ----------------------------------------------------------------------
 
     def reply(self, encoded: bytes) -> None:
@@ -235,6 +251,7 @@ class RespSession:
 
     def before_publish(self) -> None:
         """Let earlier answers go first: what is published may be written to this client too."""
+        self._published = True
         if self.channels or self.patterns:
             self._flush()
 
@@ -356,10 +373,9 @@ class RespSession:
 
     def _find_subscriptions(self) -> None:
         """Another worker had this client: what it subscribes to is in the groups."""
-        groups = self.hub.runtime.groups
-        for kind, held in ((b"c", self.channels), (b"p", self.patterns)):
-            for name in groups.names(group_of(self.info.resp, kind, b"*")):
-                if self.sid in groups.members(name):
+        for name in self.hub.runtime.groups.names_of(self.sid):
+            for kind, held in ((b"c", self.channels), (b"p", self.patterns)):
+                if name.startswith(group_of(self.info.resp, kind, b"")):
                     held[name[3:]] = None
 
 

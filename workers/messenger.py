@@ -41,11 +41,12 @@ class Connection:
     Attributes:
         session: The protocol's side of it, once the protocol is known.
         head: What came before that.
+        offered: Another worker may take it at any moment: it must not be touched.
         closing: Nothing is parsed any more: what still comes is read and dropped, so that closing
             with unread data does not make the kernel reset a peer that has not read our answer.
     """
 
-    __slots__ = ("closing", "counted", "head", "rechecked", "session")
+    __slots__ = ("closing", "counted", "head", "offered", "rechecked", "session")
 
     def __init__(self) -> None:
         """Nothing was read yet."""
@@ -54,6 +55,7 @@ class Connection:
         self.closing = False
         self.counted = 0
         self.rechecked = False
+        self.offered = False
 
 
 class Messenger:
@@ -71,6 +73,8 @@ class Messenger:
         self._protocols = tuple(protocols)
         self._connections: dict[int, Connection] = {}
         self._draining = False
+        # Where to connections should move: an index, or -1 for nowhere now.
+        self._heir: collections.abc.Callable[[], int] | None = None
         dispatcher.on_arrival(self.take)
 
     def __len__(self) -> int:
@@ -125,8 +129,7 @@ class Messenger:
             ref.set_failed(code, str(error))
             return False
         self._settle(ref, connection)
-        if self._draining and not ref.busy:
-            self._close(ref, connection)
+        self._when_idle(ref, connection)
         return more
 
     def _read(self, ref: SocketRef, connection: Connection) -> bool:
@@ -189,15 +192,71 @@ class Messenger:
     def _recheck(self, sid: int) -> None:
         """Whether an answer that the peer was slow to take is out by now."""
         connection = self._connections.get(sid)
-        if connection is None:
+        if connection is None or connection.offered:  # its new owner says what is busy
             return
         connection.rechecked = False
         ref = self._runtime.address(sid)
         if ref is not None:
             with ref:
                 self._settle(ref, connection)
-                if self._draining and not ref.busy:
-                    self._close(ref, connection)
+                self._when_idle(ref, connection)
+
+    def _when_idle(self, ref: SocketRef, connection: Connection) -> None:
+        """Between two messages is where a connection ends, or moves, if it should."""
+        if self._draining and not ref.busy:
+            self._close(ref, connection)
+        elif self._heir is not None:
+            self._offer(ref, connection)
+
+    # -- moving ---------------------------------------------------------------------------------
+
+    def move(self, heir: collections.abc.Callable[[], int] | None) -> None:
+        """Offer each connection to the process ``heir()`` as it falls idle; None: no more.
+
+        What another worker has taken is forgotten here; what it does not take stays.
+        """
+        self._heir = heir
+
+    def move_idle(self, at_most: int) -> bool:
+        """Offer some that are idle now; whether there are perhaps more."""
+        for sid, connection in list(self._connections.items()):
+            if self._heir is None or not at_most:
+                break
+            ref = None if connection.offered else self._runtime.address(sid)
+            if ref is not None:
+                with ref:
+                    at_most -= self._offer(ref, connection)
+        return not at_most
+
+    def _offer(self, ref: SocketRef, connection: Connection) -> bool:
+        session = connection.session
+        if self._heir is None or self._draining or connection.offered or connection.closing:
+            return False
+        if ref.busy or ref.unwritten_bytes() or not (session is None or session.movable()):
+            return False
+        if (index := self._heir()) < 0:
+            return False
+        connection.offered = True  # ORDER: before it is; what is not settled is told later
+        try:
+            connection.offered = ref.hand_over(index, self._handed_over)
+        except ValueError:  # it has just died
+            connection.offered = False
+        except ShmsockError as error:
+            log.warning("%s is handed over later: %s", format_socket_id(ref.id), error)
+        return connection.offered
+
+    def _handed_over(self, sid: int, gone: bool) -> None:
+        connection = self._connections.get(sid)
+        if connection is None:
+            return
+        if gone:
+            del self._connections[sid]
+            if connection.session is not None:
+                connection.session.moved(sid)
+            return
+        connection.offered = False
+        if self._draining:
+            self._finish(sid)
 
     # -- ending ---------------------------------------------------------------------------------
 
@@ -223,6 +282,8 @@ class Messenger:
 
     def _finish(self, sid: int) -> None:
         """Answer what has come already, and close if that was all."""
+        if self._connections[sid].offered:  # it comes back, or is another's to end
+            return
         ref = self._runtime.address(sid)
         if ref is not None:
             with ref:

@@ -39,6 +39,12 @@ class Session(typing.Protocol):
     def messages(self) -> int:
         """How many whole messages were handled since the connection was opened."""
 
+    def movable(self) -> bool:
+        """Whether another worker may go on from the user data alone, the connection being idle."""
+
+    def moved(self, sid: int) -> None:
+        """Forget the connection: another worker has it, and may be at it already."""
+
     def end(self, sid: int) -> None:
         """Forget the connection: it has ended, for whatever reason, and addresses no more."""
 

@@ -36,6 +36,7 @@ from shmsock import (
 
 from . import starting_over
 from .listeners import Listener
+from .rolling import Rolling
 from .worker import Settings
 
 log = logging.getLogger("shmsock")
@@ -140,6 +141,7 @@ class Supervisor:
         early: list[int] = []
         for number in starting_over.STOP_SIGNALS:
             signal.signal(number, lambda number, _: early.append(number))
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         self.took_over = False
         self.names_are_ours = True  # not between an old segment and a new one
         self._listening: list[int] = []  # the listeners' SocketIds
@@ -165,7 +167,7 @@ class Supervisor:
         self.children: list[Child] = []
         self.exit_code = 0
         self._accepting = False
-        self._draining = False
+        self.draining = False
         self._failures = 0  # deaths in a row of workers that never joined
         self._back_off_s = BACK_OFF_S[0]
         self._loads = np.zeros(0, "i8")
@@ -176,6 +178,8 @@ class Supervisor:
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # create has raised it
         self._keeps = max(1, files - RESERVED_FILES[0] - RESERVED_FILES[1] * config.workers)
         self._on_ready: collections.abc.Callable[[], object] | None = None
+        self.rolling = Rolling(self)
+        signal.signal(signal.SIGHUP, lambda *_: self.dispatcher.call_soon(self.rolling.reload))
         self.runtime.on_join(self._joined)
 
     # -- the life of the server -----------------------------------------------------------------
@@ -196,6 +200,7 @@ class Supervisor:
                 self._collect(time.monotonic() + COLLECT_FOR_S)
             else:
                 self._fill_up()
+                self.rolling.start()
             self._rehome_again()
             starting_over.dispatch(self)
         finally:
@@ -271,8 +276,9 @@ class Supervisor:
             return True
         connections = self.runtime.connections()
         log.info("took over %d workers and %d connections", len(self.children), connections)
+        self.rolling.start()
         self._fill_up()
-        self._rehome()
+        self.rehome()
         if self._ready():
             self._start_accepting()
             self._tell_ready()
@@ -288,12 +294,12 @@ class Supervisor:
 
     def _fill_up(self) -> None:
         """Start as many workers as are missing."""
-        while len(self.children) < self.config.workers:
-            self._spawn()
+        while len(self.children) < self._wanted():
+            self.spawn()
 
-    def _rehome(self) -> None:
+    def rehome(self) -> None:
         """Give idle sockets of dead owners to the least-loaded live workers."""
-        if self._draining or not self._ready():
+        if self.draining or not self._ready():
             return
         self._counted_s = 0.0
         for sid in self.runtime.orphans():
@@ -316,7 +322,7 @@ class Supervisor:
         else has one gives it within half a second, unless it is stopped.
         """
         self.dispatcher.call_later(1.0, self._rehome_again)
-        self._rehome()
+        self.rehome()
         now = time.monotonic()
         missing = [sid for sid in self.runtime.orphans() if not self.runtime.has_descriptor(sid)]
         self._missing = {sid: self._missing.get(sid, now) for sid in missing}
@@ -334,11 +340,11 @@ class Supervisor:
             self.runtime.unlink()
 
     def _stop_asked(self) -> None:
-        if self._draining:
+        if self.draining:
             log.warning("asked to stop again: killing the workers")
             self._kill()
             return
-        self._draining = True
+        self.draining = True
         log.info("draining; ask again to stop at once")
         self._stop_accepting()
         for sid in self._listening:  # the workers hold duplicates
@@ -357,12 +363,12 @@ class Supervisor:
             child.send_signal(signal.SIGKILL)
 
     def _stop_if_alone(self) -> None:
-        if self._draining and not self.children:
+        if self.draining and not self.children:
             self.dispatcher.stop()
 
     # -- workers --------------------------------------------------------------------------------
 
-    def _spawn(self) -> None:
+    def spawn(self) -> None:
         """Start a worker: a fresh interpreter, so that nothing of ours is carried over."""
         config = self.config
         settings: Settings = {
@@ -411,11 +417,12 @@ class Supervisor:
         child.index = index
         self._failures = 0
         log.info("worker %d is process %d", child.pid, index)
-        if not self._draining and self.listeners:
+        if not self.draining and self.listeners:
             self._start_accepting()
             self._place_again()
-            self._rehome()
+            self.rehome()
             self._tell_ready()
+        self.rolling.step()
 
     def _adopt(self, pid: int) -> Child | None:
         """Take a worker of an earlier supervisor for ours."""
@@ -443,14 +450,20 @@ class Supervisor:
             raise  # starts over, this worker included
         except (OSError, ShmsockError):
             log.exception("what a worker held is given back later")
-        if self._draining:
+        if self.draining:
             self._stop_if_alone()
             return
-        self._rehome()
+        self.rehome()
+        if self.rolling.left(child, why):
+            self.dispatcher.call_later(0, self._respawn)  # if others died as well
+            self.rolling.step()
+            return
         lived_s = time.monotonic() - child.started_s
         log.error("worker %d %s after %.1f s", child.pid, why, lived_s)
         if child.index < 0 and not child.was_killed:
             self._failures += 1
+        if child.index < 0:
+            self.rolling.refuse(f"a new worker {why} before it was ready")
         if self._failures >= GIVE_UP_AFTER and not any(c.index >= 0 for c in self.children):
             log.critical(
                 "%d workers in a row died before they were ready: giving up; the last one %s. "
@@ -468,22 +481,30 @@ class Supervisor:
         self.dispatcher.call_later(0 if healthy else self._back_off_s, self._respawn)
 
     def _respawn(self) -> None:
-        if self._draining or len(self.children) >= self.config.workers:
+        if self.draining or len(self.children) >= self._wanted():
             return
         try:
-            self._spawn()
+            self.spawn()
         except OSError as error:  # no descriptor, process or memory left: perhaps later
             self._tell_once(f"cannot start a worker ({error.strerror}): tried again and again")
             self._back_off_s = min(2 * self._back_off_s, BACK_OFF_S[1])
             self.dispatcher.call_later(self._back_off_s, self._respawn)
 
+    def _wanted(self) -> int:
+        return self.config.workers + self.rolling.extra()
+
     def _ready(self) -> list[int]:
-        return [child.index for child in self.children if child.index >= 0]
+        """Who can be given connections."""
+        return [
+            child.index
+            for child in self.children
+            if child.index >= 0 and not self.rolling.is_leaving(child)
+        ]
 
     # -- accepting ------------------------------------------------------------------------------
 
     def _start_accepting(self) -> None:
-        if not self._accepting and not self._draining:
+        if not self._accepting and not self.draining:
             self._accepting = True
             for listener in self.listeners:
                 self.dispatcher.add_reader(

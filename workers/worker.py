@@ -2,8 +2,8 @@
 
 Started as ``python -m workers.worker NAME`` with its settings as JSON on standard input, which
 keeps a password out of ``ps``. SIGTERM drains: connections are closed as each falls idle, and the
-process ends with the last one. SIGINT is the supervisor's to handle: a terminal sends it to the
-whole foreground group.
+process ends with the last one. A wish to leave (leaving.py) hands them over instead. SIGINT is
+the supervisor's to handle: a terminal sends it to the whole foreground group.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from shmsock import Dispatcher, PoisonedError, Runtime
 from .http import HttpProtocol
 from .hub import Hub
 from .hub_client import client_name
+from .leaving import Leaving
 from .messenger import Messenger
 from .pages import Pages
 
@@ -58,6 +59,7 @@ class Worker:
         )
         self.messenger = Messenger(self.runtime, self.dispatcher, (http, hub))
         self.runtime.groups.on_crowded = self._end_crowded
+        self.leaving = Leaving(self.runtime, self.dispatcher, self.messenger)
         self._draining = False
 
     def _end_crowded(self, sid: int) -> None:
@@ -72,6 +74,8 @@ class Worker:
     def run(self) -> int:
         """Serve until drained; returns the exit code: 1 when the runtime is poisoned."""
         signal.signal(signal.SIGTERM, lambda *_: self.dispatcher.call_soon(self.drain))
+        # A terminal that closes sends it too: it only makes us look.
+        signal.signal(signal.SIGHUP, lambda *_: self.dispatcher.call_soon(self.leaving.look))
         code = 0
         try:
             self.dispatcher.run()
@@ -100,7 +104,7 @@ class Worker:
 def main() -> int:
     """Run one worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that closes is no reason to end
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to look at
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # blocked by who started us
     name = sys.argv[1]
     told = sys.stdin.read()
