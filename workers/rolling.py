@@ -4,10 +4,10 @@ What is to be done stands in the workers' process rows as wishes (``shmsock.Wish
 them: ``shmsock drain``, ``shmsock reload``, or a SIGHUP here. So a supervisor that is killed in the
 middle is followed by one that goes on, and each step is derived from what there is:
 
-    REPLACE, and no worker too many     start one; if it does not come up: STAY, for all
+    REPLACE, and no worker too many     start one
     REPLACE, and enough without it      LEAVE
     LEAVE                               wait until it has gone; kill it after the graceful timeout
-    LEAVE, and no other is left         STAY: it goes on with what it has
+    a new one does not come up          STAY, for all; also who leaves, if no other is left
 
 Meanwhile there is one worker more than usual, and one that leaves is given nothing new.
 """
@@ -87,61 +87,68 @@ class Rolling:
         """Do what the wishes and the workers there are ask for; often, and from any state."""
         supervisor = self._supervisor
         targets = self._targets()
-        if not self._started or supervisor.draining or not targets:
+        child = self._leaving or (targets[0] if targets else None)
+        if not self._started or supervisor.draining or child is None:
             return
-        child = targets[0]
-        others = [other for other in supervisor.children if other.index >= 0 and other is not child]
+        others = self._others(child)
         starting = [other for other in supervisor.children if other.index < 0]
-        if self._wishes.of(child.index) is Wish.LEAVE:
-            self._watch(child, bool(others))
+        for other in starting:
+            if time.monotonic() - other.started_s > READY_WITHIN_S:
+                log.error("worker %d was not ready in %.0f s", other.pid, READY_WITHIN_S)
+                other.send_signal(signal.SIGKILL)  # and then we refuse
+        if child is self._leaving or self._wishes.of(child.index) is Wish.LEAVE:
+            self._watch(child)
         elif len(others) >= supervisor.config.workers:
             self._let_go(child)
-        elif starting:
-            late_s = time.monotonic() - READY_WITHIN_S
-            for other in starting:
-                if other.started_s < late_s:
-                    log.error("worker %d was not ready in %.0f s", other.pid, READY_WITHIN_S)
-                    other.send_signal(signal.SIGKILL)  # and then we refuse
-        elif len(supervisor.children) < supervisor.config.workers + 1:
+        elif not starting and len(supervisor.children) <= supervisor.config.workers:
             try:
                 supervisor.spawn()
             except OSError as error:
                 self.refuse(f"cannot start a worker ({error.strerror})")
 
+    def _others(self, child: Child) -> list[Child]:
+        """The workers that have joined, without one."""
+        return [c for c in self._supervisor.children if c.index >= 0 and c is not child]
+
     def _let_go(self, child: Child) -> None:
         log.info("worker %d is replaced: it hands over its connections", child.pid)
         # ORDER: LEAVE before anything else is placed: from here on it is given nothing.
         self._wishes.store(child.index, Wish.LEAVE)
-        self._watch(child, others=True)
+        self._watch(child)
         child.send_signal(signal.SIGHUP)
 
-    def _watch(self, child: Child, others: bool) -> None:
-        """See to one that leaves."""
+    def _watch(self, child: Child) -> None:
+        """See to one that leaves; the next one's turn comes when the kernel says it has ended."""
         now = time.monotonic()
         if self._leaving is not child:
             self._leaving, self._since_s = child, now
-        if not others:
-            log.error("no other worker is left: worker %d stays", child.pid)
-            self._stay(child)
-        elif now - self._since_s > self._supervisor.config.graceful_timeout_s:
+        if self._is_in_its_row(child) and self._wishes.of(child.index) is Wish.REPLACE:
+            self._wishes.store(child.index, Wish.LEAVE)  # somebody wished it once more
+        if now - self._since_s > self._supervisor.config.graceful_timeout_s:
             log.warning("worker %d did not leave in time: killed", child.pid)
             self._since_s = float("inf")
             child.send_signal(signal.SIGKILL)
 
-    def _stay(self, child: Child) -> None:
-        self._wishes.store(child.index, Wish.STAY)
-        self._leaving = None
-        child.send_signal(signal.SIGHUP)
-        self._supervisor.rehome()
+    def _is_in_its_row(self, child: Child) -> bool:
+        """Whether its row is still its own: who leaves gives it back before it ends."""
+        rows = self._supervisor.runtime.processes()
+        return any((row.index, row.pid) == (child.index, child.pid) for row in rows)
 
     def refuse(self, why: str) -> None:
-        """No new worker came up: the old ones stay."""
-        stay = [child for child in self._targets() if self._wishes.of(child.index) is Wish.REPLACE]
+        """No new worker came up: the old ones stay, and one that leaves, if no other is left."""
+        leaving = self._leaving
+        stay = [child for child in self._targets() if child is not leaving]
+        if leaving is not None and not self._others(leaving) and self._is_in_its_row(leaving):
+            stay.append(leaving)
+            self._leaving = None
         if stay:
             pids = ", ".join(str(child.pid) for child in stay)
             log.error("%s: nothing is replaced, the old workers stay: %s", why, pids)
         for child in stay:
             self._wishes.store(child.index, Wish.STAY)
+            child.send_signal(signal.SIGHUP)
+        if leaving in stay:
+            self._supervisor.rehome()
 
     def left(self, child: Child, why: str) -> bool:
         """A worker has died: whether that was to be, so that it is nobody's failure."""
