@@ -43,7 +43,8 @@ class Wishes:
         state, word = cells.row_state[index], cells.row_wish[index]
         if state & 0xFF != LIVE or state >> 8 != word >> 8:
             return Wish.NONE
-        return Wish(word & 0xFF) if word & 0xFF in Wish._value2member_map_ else Wish.NONE
+        number = word & 0xFF
+        return Wish(number) if number <= Wish.STAY.value else Wish.NONE
 
     def store(self, index: int, wish: Wish) -> bool:
         """Wish something of the process that lives in a row.

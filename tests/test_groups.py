@@ -200,9 +200,11 @@ def test_names_of_any_length_work(groups: Groups, length: int) -> None:
     assert groups.add(name, 1)
     assert groups.members(name) == [1]
     assert groups.names() == [name]
+    assert groups.names_of(1) == [name]
+    assert groups.names_of(2) == groups.names_of(0) == groups.names_of(1 << 70) == []
     assert groups.names(escape_glob(name[:4000]) + b"*") == [name]
     assert groups.discard(name, 1)
-    assert groups.names() == []
+    assert groups.names() == groups.names_of(1) == []
 
 
 def test_long_names_that_begin_alike_are_different_groups(groups: Groups) -> None:

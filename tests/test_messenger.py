@@ -15,7 +15,7 @@ import pytest
 import shmsock
 from workers.messenger import Messenger
 
-from .helpers import connected, read_to_end, wait_until
+from .helpers import Peer, connected, read_to_end, wait_until
 
 MUCH = 700_000  # more than the kernel takes at once
 
@@ -344,3 +344,96 @@ def test_a_protocol_that_cannot_go_on_with_one_connection_keeps_the_others(
     pairs[1][1].sendall(b"hello\n")
     assert bench.hear(pairs[1][1], 6) == b"hello\n"
     bench.run_until(lambda: len(bench.messenger) == 1)
+
+
+# -- moving -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def elsewhere(bench: Bench) -> collections.abc.Iterator[tuple[Peer, int]]:
+    """A process that takes nothing by itself: what is offered to it stays offered."""
+    with Peer(bench.runtime.name, role="worker") as peer:
+        yield peer, peer.ask("rt.index")
+
+
+def heir_of(bench: Bench, sid: int) -> int:
+    return int(bench.runtime._segment.cells.heir[sid & 0xFFFFFFFF]) & 0xFFFF
+
+
+def test_a_connection_moves_between_two_messages_and_is_forgotten_and_not_ended(
+    bench: Bench,
+) -> None:
+    sid, peer = bench.connect()
+    peer.send(b"one\nha")
+    assert bench.hear(peer, 4) == b"one\n"
+    with elsewhere(bench) as (other, index):
+        bench.messenger.move(lambda: index)
+        assert not bench.messenger.move_idle(10)
+        assert heir_of(bench, sid) == 0  # half a message was read
+        peer.send(b"lf\n")
+        assert bench.hear(peer, 5) == b"half\n"
+        bench.run_until(lambda: heir_of(bench, sid) == index, "it is offered")
+        assert sid not in bench.dispatcher.consumers()
+        assert other.ask(f"rt._engine.inherit({sid})")
+        bench.run_until(lambda: not len(bench.messenger), "it is gone")
+        assert bench.rest.sessions[0].gone == [sid]
+        assert bench.rest.sessions[0].ended == []
+        bench.runtime.set_failed(sid)
+
+
+def test_what_its_protocol_cannot_move_or_has_nowhere_to_go_stays(bench: Bench) -> None:
+    sid, peer = bench.connect()
+    peer.send(b"one\n")
+    assert bench.hear(peer, 4) == b"one\n"
+    with elsewhere(bench) as (_, index):
+        bench.messenger.move(lambda: -1)
+        assert not bench.messenger.move_idle(10)
+        bench.messenger.move(lambda: 15)  # nobody there: it has just died
+        bench.messenger.move_idle(10)
+        bench.rest.sessions[0].stays = True
+        bench.messenger.move(lambda: index)
+        bench.messenger.move_idle(10)
+        assert heir_of(bench, sid) == 0
+        bench.messenger.move(None)
+        bench.rest.sessions[0].stays = False
+        bench.messenger.move_idle(10)
+        assert heir_of(bench, sid) == 0
+        peer.send(b"two\n")
+        assert bench.hear(peer, 4) == b"two\n"
+
+
+def test_who_has_offered_a_connection_never_touches_busy_again(bench: Bench) -> None:
+    """Its new owner may be in mid-message: a late look at what was unwritten must not say idle."""
+    sid, peer = bench.connect(4096)
+    peer.send(b"much\n")
+    bench.run_until(lambda: bench.busy(sid))
+    bench.run_until(lambda: bench.messenger._connections[sid].rechecked, "it will look again")
+    with elsewhere(bench) as (other, index):
+        bench.hear(peer, MUCH)
+        bench.run_until(lambda: not bench.runtime.unwritten_bytes(), "all is out")
+        bench.messenger.move(lambda: index)
+        peer.send(b"one\n")
+        assert bench.hear(peer, 4) == b"one\n"
+        bench.run_until(lambda: heir_of(bench, sid) == index, "it is offered")
+        other.run(f"assert rt._engine.inherit({sid}); ref = rt.address({sid}); ref.busy = True")
+        assert bench.messenger._connections[sid].offered  # nobody has looked yet
+        bench.messenger._recheck(sid)
+        assert bench.busy(sid)
+        other.run("ref.close()")
+        bench.runtime.set_failed(sid)
+
+
+def test_draining_leaves_an_offered_connection_alone_until_it_is_back(bench: Bench) -> None:
+    sid, peer = bench.connect()
+    with elsewhere(bench) as (_, index):
+        bench.messenger.move(lambda: index)
+        bench.messenger.move_idle(10)
+        assert heir_of(bench, sid) == index
+        peer.send(b"unread\n")
+        bench.messenger.drain()
+        assert len(bench.messenger) == 1
+        assert not bench.rest.sessions
+        for offer in bench.runtime._hand_over._offers.values():
+            offer.deadline_s = 0.0
+        assert bench.hear(peer, 7) == b"unread\n"  # withdrawn: answered, and closed
+        bench.run_until(lambda: not len(bench.messenger), "it is closed")

@@ -52,7 +52,8 @@ def replace(runtime: Runtime, indexes: list[int] | None, timeout_s: float) -> st
         waiting = {i: row for i, row in waiting.items() if (i, row.epoch) in alive}
         pids = ", ".join(str(row.pid) for row in waiting.values())
         if not waiting:
-            return ""
+            others = [row for row in runtime.processes() if row.role == "worker" and row.alive]
+            return "" if others else "the server has stopped"
         if any(runtime.wishes.of(index) is Wish.STAY for index in waiting):
             return f"no new worker came up; kept: {pids}. The server's log says why"
         if not runtime.host_alive():
