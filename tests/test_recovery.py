@@ -139,9 +139,6 @@ OUTCOMES = {
     "give_turn": {ALIVE, FAILED, GONE},
     "change_owner": {ALIVE, FAILED, GONE},
     "give_away": {ALIVE, FAILED, GONE},
-    "offer": {FAILED, GONE},
-    "withdraw": {FAILED, GONE},
-    "inherit": {ALIVE, FAILED, GONE},
     "set_user_data": {ALIVE},
     "let_go_of_failed": {FAILED, GONE},
 }
@@ -272,6 +269,47 @@ def test_crash_anywhere_in(what: str, held: bool, table: Member) -> None:
         table.recovery.look()
         scene.check(what)
         scene = Scene(table, held=held)
+
+
+@pytest.mark.parametrize("what", ["offer", "withdraw", "inherit"])
+def test_killed_in_a_hand_over_an_idle_socket_is_an_orphan_or_still_owned(
+    what: str, table: Member
+) -> None:
+    sid = table.new(on_owner_death=1)
+
+    def prepare(member: Member) -> Operation:
+        return OPERATIONS[what](member, sid)
+
+    for _ in at_every_step(table, prepare):
+        table.recovery.look()
+        assert table.engine.status(sid) is ALIVE
+        owner, heir = table.cells.owner[sid & SLOT], table.cells.heir[sid & SLOT]
+        assert heir in (0, table.word)
+        if heir:
+            assert table.engine.inherit(sid)
+        elif owner != table.word:
+            assert owner not in table.processes.live_words()
+            assert table.engine.change_owner(sid, owner, table.word)
+        assert table.cells.owner[sid & SLOT] == table.word
+        assert table.cells.heir[sid & SLOT] == 0
+        assert table.engine.inherit(sid) == 0  # once
+        assert_sound(table)
+
+
+def test_an_offer_to_the_dead_is_cleared_by_whoever_reaps(table: Member) -> None:
+    sid = table.new()
+
+    def attach_and_be_offered() -> None:
+        member = Member.attach(table.name, table.module)
+        member.cells.heir[sid & SLOT] = member.word
+        die()
+
+    Forked(attach_and_be_offered).wait()
+    assert table.cells.heir[sid & SLOT] != 0
+    table.recovery.look()
+    assert table.cells.heir[sid & SLOT] == 0
+    assert table.cells.owner[sid & SLOT] == table.word
+    assert_sound(table)
 
 
 @pytest.mark.parametrize("what", ["create", "detach", "set_failed", "release"])
@@ -873,6 +911,8 @@ PLANTS: dict[str, tuple[collections.abc.Callable[[Member], None], str]] = {
     "unknown-state": (_set("state", 0, 9), r"slot 0 has state 9, which cannot be"),
     "owner-gone": (_set("owner", 0, 5 << 16 | 3), r"slot 0 is owned by process 3, which has left"),
     "owner-of-another-epoch": (_set("owner", 0, 9 << 16), r"slot 0 is owned by process 0"),
+    "heir-gone": (_set("heir", 0, 5 << 16 | 2), r"slot 0 is to be inherited by process 2"),
+    "heir-of-a-free-slot": (_set("heir", 1, 9 << 16), r"slot 1 is to be inherited by process 0"),
     "writer-gone": (_set("writer", 0, 5 << 16 | 2), r"slot 0 is written by process 2"),
     "closed": (_set("ctl", 1, 1 << 2 | CLOSED), r"stripe 1 is being retired"),
     "opening": (_set("ctl", 1, 1 << 2 | OPENING), r"stripe 1 is being retired"),
