@@ -23,6 +23,7 @@ import collections.abc
 import contextlib
 import dataclasses
 import errno
+import functools
 import logging
 import time
 import typing
@@ -138,10 +139,13 @@ class HandOver:
             call()
 
     def _look(self) -> None:
-        """See which offers were taken, withdraw those that were not in time."""
         self._looking = False
         if self._offers:
             self._look_later()
+        self._look_at_all()
+
+    def _look_at_all(self) -> None:
+        """See which offers were taken, withdraw those that were not in time."""
         now = time.monotonic()
         living = set(self._runtime._processes.live_words())
         for sid, offer in list(self._offers.items()):
@@ -218,7 +222,7 @@ class HandOver:
         cells, mine = self._segment.cells, []
         for sid in sids:
             if sid in self._offers:  # we have given it away: has it come back?
-                self._tell(self._look)
+                self._tell(functools.partial(self._came_back, sid))
                 continue
             slot = sid & SLOT_MASK
             if cells.heir[slot] == self._engine.word and self._accepts():
@@ -229,6 +233,13 @@ class HandOver:
             if cells.owner[slot] == self._engine.word:
                 mine.append(sid)
         return mine
+
+    def _came_back(self, sid: int) -> None:
+        """Its descriptor arrived before we saw that it was taken: first things first."""
+        self._look_at_all()
+        offered = self._segment.cells.heir[sid & SLOT_MASK] == self._engine.word
+        if sid not in self._offers and offered:
+            self._runtime._arrived([sid])
 
     def tick(self) -> None:
         """Once a second: see what is offered to us that nobody has told us about."""

@@ -97,6 +97,8 @@ def test_what_comes_while_it_is_offered_is_read_by_whoever_has_it_then(runtime: 
 
 def test_it_goes_round_and_comes_back(runtime: Runtime) -> None:
     with giver(runtime) as (first, a), giver(runtime) as (second, b):
+        for peer in (first, second):  # it is the messages that bring it, not the timers
+            peer.run(f"{PATIENT}; rt._hand_over.tick = lambda: None")
         sid, client = place(runtime, a)
         with client:
             for turn in range(10):
