@@ -426,8 +426,8 @@ class Table(RuleBasedStateMachine):
     def audit_once(self) -> list[str]:
         """The complaints, without those about the dead that nobody has looked for yet."""
         mourning = re.compile(r"died and was not reaped|process \d+, which has left")
-        found = self.members[0].recovery._audit_once()
-        return [line for line in found if not mourning.search(line)]
+        found = self.members[0].recovery.auditor.look()
+        return [breach.text for breach in found if not mourning.search(breach.text)]
 
 
 def _pairs() -> list[tuple[types.ModuleType, types.ModuleType]]:

@@ -22,6 +22,8 @@ import typing
 import shmsock
 from shmsock import Dispatcher, PoisonedError, Runtime, ShmsockError
 
+from .rolling import Rolling
+
 if typing.TYPE_CHECKING:
     from .supervisor import Child, Supervisor
 
@@ -42,7 +44,7 @@ def dispatch(supervisor: Supervisor) -> None:
             return
         except PoisonedError as error:
             log.critical("%s", error)
-            if supervisor._draining:
+            if supervisor.draining:
                 return
         try:
             start_over(supervisor)
@@ -118,7 +120,9 @@ def start_over(supervisor: Supervisor) -> None:
     supervisor._register_listeners()
     supervisor._counted_s = 0.0
     supervisor._failures = 0
+    supervisor.rolling = Rolling(supervisor)  # what was wished of the old workers went with them
     supervisor._fill_up()
+    supervisor.rolling.start()
     supervisor._rehome_again()
     audit_later(supervisor)
     log.critical("runtime %r starts over on a new segment", name)

@@ -246,7 +246,7 @@ class Supervisor:
 
     def _has_collected(self, deadline: float) -> bool:
         """Look once; true when there is nothing to wait for any more."""
-        if self._draining:
+        if self.draining:
             return True
         self.runtime.repair()  # a worker may be at it: what it reaps is no orphan before that
         for sid in self.runtime.orphans():
