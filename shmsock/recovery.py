@@ -4,7 +4,8 @@ Rare, so Python only, over both engines. Everything here is done under the arbit
 that dies with its holder, and stores absolute values alone: a repairer may be killed anywhere, and
 the next one starts over.
 
-    retire(s)   1 fetch the spare semaphore of generation g+1, value 0
+    retire(s)   1 fetch the spare semaphore of generation g+1, value 0; one that has a value (or is
+                  another user's) is passed over for that of g+2
                 2 ctl = (g+1, CLOSED)
                 3 barrier: every OWN that was stored before its owner read g is visible now
                 4 unlink the old semaphore's name
@@ -52,6 +53,15 @@ log = logging.getLogger("shmsock")
 
 DRAIN_TIMEOUT_S = 1.0
 _PATIENCE_S = 0.1  # for an ordinary take while reaping; after that the stripe is retired
+
+
+@contextlib.contextmanager
+def _collected(failures: list[OSError]) -> collections.abc.Iterator[None]:
+    """Go on after the kernel refused something (no room for a semaphore), and keep the error."""
+    try:
+        yield
+    except OSError as error:
+        failures.append(error)
 
 
 class Recovery:
@@ -105,11 +115,16 @@ class Recovery:
         with self._processes.lock_file.exclusive(ARBITER, timeout_s=0) as arbiter:
             if not arbiter:
                 return False
+            failures: list[OSError] = []  # what cannot be had for one must not hinder the others
             for index in self._processes.dead():
-                self.reap(index)
+                with _collected(failures):
+                    self.reap(index)
             for each in stripes:
                 if self._needs_retirement(each):
-                    self.retire(each)
+                    with _collected(failures):
+                        self.retire(each)
+        if failures:
+            raise failures[0]
         return True
 
     def _needs_retirement(self, stripe: int) -> bool:
@@ -145,20 +160,26 @@ class Recovery:
         if self._is_nonsense(control):  # for the audit to find: the segment will be poisoned
             log.error("stripe %d has the word %#x, which cannot be", stripe, control)
             return False
-        if phase != CLOSED:
+        semaphore = self._spare(stripe, generation) if phase == CLOSED else None
+        while semaphore is None:
+            # A spare that has a value would let in whoever takes it while we recount.
             generation += 1
-            self._spare(stripe, generation)  # 1
+            semaphore = self._spare(stripe, generation)  # 1
+        if control != generation << 2 | CLOSED:
             self._cells.ctl[stripe] = generation << 2 | CLOSED  # 2
-        semaphore = self._spare(stripe, generation)
         for index in self._processes.dead():
             self._processes.fence(index)
         barrier()  # 3. ORDER: pairs with OWN before ctl in Engine._attempt
-        self._semaphores.unlink(stripe, generation - 1)  # 4
+        for old in range((control >> 2) - (phase == CLOSED), generation):
+            self._semaphores.unlink(stripe, old)  # 4
         if not self._drained(stripe, generation):  # 5
             return False
         frozen = self._dead_rows()
         broken = np.flatnonzero((self._columns.claims[:, stripe] & 3) == BROKEN).tolist()  # 6
         self.recount(stripe, frozen)
+        if self._cells.ctl[stripe] != generation << 2 | CLOSED:
+            # Foreign code closed our lock file, and with it the arbiter: somebody else went on.
+            return False
         self._cells.ctl[stripe] = generation << 2 | OPENING  # 7
         semaphore.release()
         for index in {*frozen, *broken}:  # 8
@@ -308,11 +329,15 @@ class Recovery:
         self._processes.fence(index)
         barrier()  # a claim it stored is visible from here on
         complete = True
+        failures: list[OSError] = []
         for stripe in self._stripes_of(index, word):
             claims = self._columns.claims[:, stripe]
             stuck = claims[index] != 0 or self._cells.ctl[stripe] & 3 != OPEN
             if stuck or not self.recount_in_turn(stripe):
-                complete &= self.retire(stripe)
+                with _collected(failures):
+                    complete &= self.retire(stripe)
+        if failures:
+            raise failures[0]
         if not complete or self._columns.claims[index].any():
             return False
         forget_name(self._segment.name, word)

@@ -51,12 +51,12 @@ from .names import own_name, remove
 from .processes import FIRST_ROW, HOST, REGISTRATION, LockFile, Processes
 from .recovery import Recovery
 from .segment import (
-    FIRST_GENERATION,
     SHM_DIRECTORY,
     SPARE_GENERATIONS,
     Segment,
     Semaphores,
     check_name,
+    random_generation,
     run_directory,
 )
 from .service import Service
@@ -202,13 +202,9 @@ class Runtime(View):
             raise ValueError("max_unwritten_bytes must be at least 1")
         lock_file = own_name(name)
         try:
-            segment = Segment.create(name, layout, max_unwritten_bytes)
-            semaphores = Semaphores(name, layout.stripes)
-            for stripe in range(layout.stripes):
-                for generation in range(FIRST_GENERATION, FIRST_GENERATION + 1 + SPARE_GENERATIONS):
-                    first = generation == FIRST_GENERATION
-                    semaphores.make(stripe, generation, 1 if first else 0)
-            semaphores.close()
+            first = random_generation()
+            segment = Segment.create(name, layout, max_unwritten_bytes, first)
+            _make_semaphores(name, layout.stripes, first)
             runtime = cls(name, segment, lock_file, role)
         except BaseException:
             remove(name)
@@ -269,7 +265,10 @@ class Runtime(View):
                 failure = error
             else:
                 _adopt_current(runtime)
-                runtime._look()
+                try:
+                    runtime._look()
+                except OSError as error:  # we take part all the same, and the timer looks again
+                    log.error("runtime %r cannot be repaired now: %s", name, error)
                 return runtime
             time.sleep(0.02)
         raise failure
@@ -842,6 +841,34 @@ def current() -> Runtime:
 def _adopt_current(runtime: Runtime) -> None:
     global _current
     _current = runtime
+
+
+def _make_semaphores(name: str, stripes: int, first_generation: int) -> None:
+    """Every stripe's semaphore, and its spare ones.
+
+    Raises:
+        OSError: ENOSPC: /dev/shm is full.
+        PermissionError: Somebody else made one of these names first.
+    """
+    semaphores = Semaphores(name, stripes)
+    try:
+        for stripe in range(stripes):
+            for ahead in range(1 + SPARE_GENERATIONS):
+                generation = first_generation + ahead
+                if semaphores.make(stripe, generation, int(ahead == 0)) is None:
+                    path = semaphores.path(stripe, generation)
+                    raise PermissionError(errno.EEXIST, "somebody else's semaphore", path)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(
+            errno.ENOSPC,
+            f"{SHM_DIRECTORY} is full: {stripes} stripes need {stripes * (1 + SPARE_GENERATIONS)} "
+            f"semaphores of {os.sysconf('SC_PAGE_SIZE')} bytes beside the segment: use fewer "
+            "stripes or slots, or enlarge it (Docker: --shm-size)",
+        ) from None
+    finally:
+        semaphores.close()
 
 
 def _reap_from_outside(segment: Segment) -> None:

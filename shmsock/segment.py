@@ -75,6 +75,16 @@ def run_directory(name: str) -> str:
     return f"{SHM_DIRECTORY}/shmsock.{name}.run"
 
 
+def random_generation() -> int:
+    """Where a runtime's generations start.
+
+    Random, as the first version is: the names of semaphores carry their generation, so a repairer
+    of an earlier runtime of this name that was stopped in the middle, and goes on, neither unlinks
+    nor makes one of ours.
+    """
+    return secrets.randbelow(1 << 28) << 32 | FIRST_GENERATION
+
+
 def names_on_machine() -> list[str]:
     """The runtimes that left anything in shared memory, alive or not."""
     found = set()
@@ -257,8 +267,20 @@ class Segment:
             )
 
     @classmethod
-    def create(cls, name: str, layout: Layout, max_unwritten_bytes: int) -> Segment:
-        """Make the segment and its semaphores.
+    def create(
+        cls,
+        name: str,
+        layout: Layout,
+        max_unwritten_bytes: int,
+        first_generation: int = FIRST_GENERATION,
+    ) -> Segment:
+        """Make the segment; its semaphores are the caller's to make.
+
+        Args:
+            name: Of the runtime.
+            layout: Its sizes.
+            max_unwritten_bytes: Kept in the header.
+            first_generation: Of every stripe's semaphore; see ``random_generation``.
 
         Raises:
             FileExistsError: The name is taken.
@@ -297,7 +319,7 @@ class Segment:
         ):
             segment.set(word, value)
         segment.columns.versioned_ref[:] = segment.get("first_version") << 32
-        segment.columns.ctl[:] = FIRST_GENERATION << 2 | OPEN
+        segment.columns.ctl[:] = first_generation << 2 | OPEN
         return segment
 
     @classmethod
@@ -417,9 +439,11 @@ class Semaphores:
             return posix_ipc.Semaphore(path)
         except posix_ipc.ExistentialError:
             return None
-        except OSError:  # EMFILE or ENFILE: posix_ipc gives them a text and no errno
+        except OSError as error:  # EMFILE or ENFILE: posix_ipc gives them a text and no errno
             if self._spare_fd < 0:
-                raise
+                raise OSError(
+                    error.errno or errno.EMFILE, f"a stripe's semaphore: {error}"
+                ) from None
         # WHY NOT under a lock: two threads here at once both fail or both succeed; a spare that
         # another thread's file took is opened again at the next timer.
         self._burn_spare()
@@ -441,19 +465,34 @@ class Semaphores:
             with contextlib.suppress(OSError):
                 self._spare_fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
 
-    def make(self, stripe: int, generation: int, value: int = 0) -> posix_ipc.Semaphore:
-        """Open the semaphore of a generation, making it with ``value`` if it does not exist."""
-        handle = self.get(stripe, generation)
-        if handle is None:
-            self._burn_spare()
-            try:
-                handle = posix_ipc.Semaphore(
-                    self.path(stripe, generation), posix_ipc.O_CREX, 0o600, value
-                )
-            finally:
-                self.renew_spare()
-            self._handles[stripe][generation] = handle
-        return handle
+    def make(self, stripe: int, generation: int, value: int = 0) -> posix_ipc.Semaphore | None:
+        """Open the semaphore of a generation not yet in use, making it if it does not exist.
+
+        Returns:
+            None if what has the name cannot be trusted: it is another user's, or open to others,
+            or has not ``value`` (a token nobody may have). The caller takes another generation:
+            WHY NOT unlink it and make it anew: others may have this one open already.
+
+        Raises:
+            OSError: ENOSPC, EMFILE.
+        """
+        try:
+            handle = self.get(stripe, generation)
+            if handle is None:
+                self._burn_spare()
+                try:
+                    handle = posix_ipc.Semaphore(
+                        self.path(stripe, generation), posix_ipc.O_CREX, 0o600, value
+                    )
+                finally:
+                    self.renew_spare()
+                self._handles[stripe][generation] = handle
+            status = os.lstat(f"{SHM_DIRECTORY}/sem.{self.path(stripe, generation)[1:]}")
+        except (posix_ipc.PermissionsError, posix_ipc.ExistentialError, FileNotFoundError):
+            return None  # another user's; or made, or taken away, by somebody else at this moment
+        private = stat.S_ISREG(status.st_mode) and not status.st_mode & 0o077
+        found = self._handles[stripe][generation].value
+        return handle if private and status.st_uid == os.geteuid() and found == value else None
 
     @staticmethod
     def value(name: str, stripe: int, generation: int) -> int | None:
@@ -481,8 +520,8 @@ class Semaphores:
                 semaphore.acquire(0)
 
     def unlink(self, stripe: int, generation: int) -> None:
-        """Take the name away; those who have the semaphore open keep it."""
-        with contextlib.suppress(posix_ipc.ExistentialError):
+        """Take the name away, if it is ours; those who have the semaphore open keep it."""
+        with contextlib.suppress(posix_ipc.ExistentialError, posix_ipc.PermissionsError):
             posix_ipc.unlink_semaphore(self.path(stripe, generation))
 
     def forget_retired(self, stripe: int, generation: int) -> None:
@@ -516,13 +555,24 @@ def make_run_directory(name: str) -> str:
 
 
 def unlink_names(name: str) -> None:
-    """Take away every name of a runtime but its lock file and run directory."""
+    """Take away every name of a runtime but its lock file and run directory.
+
+    Raises:
+        PermissionError: The segment is another user's. A semaphore that is, is left: its
+            generation is none of ours.
+    """
     for entry in os.listdir(SHM_DIRECTORY):
         if re.fullmatch(rf"sem\.shmsock\.{re.escape(name)}\.\d+\.\d+", entry):
-            with contextlib.suppress(posix_ipc.ExistentialError):
+            with contextlib.suppress(posix_ipc.ExistentialError, posix_ipc.PermissionsError):
                 posix_ipc.unlink_semaphore("/" + entry.removeprefix("sem."))
-    with contextlib.suppress(posix_ipc.ExistentialError):
+    try:
         posix_ipc.unlink_shared_memory(f"/shmsock.{name}")
+    except posix_ipc.ExistentialError:
+        pass
+    except posix_ipc.PermissionsError:
+        raise PermissionError(
+            errno.EACCES, "the runtime belongs to another user", f"/shmsock.{name}"
+        ) from None
 
 
 def is_poisoned(name: str) -> bool | None:

@@ -653,6 +653,7 @@ def test_crash_while_opening_is_retired_again(table: Member) -> None:
     for posted in (False, True):
         generation = (table.cells.ctl[1] >> 2) + 1
         semaphore = table.semaphores.make(1, generation)
+        assert semaphore is not None
         if posted:
             semaphore.release()
         table.cells.ctl[1] = generation << 2 | OPENING

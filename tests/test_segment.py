@@ -287,14 +287,21 @@ def test_retired_semaphore_is_gone_by_name_and_usable_by_those_who_have_it(table
     fresh.close()
     table.semaphores.forget_retired(0, 2)
     made = table.semaphores.make(0, 1, 1)
+    assert made is not None
     made.acquire(0)
     made.release()
 
 
-def test_making_an_existing_semaphore_keeps_its_value(table: Member) -> None:
-    table.semaphores.make(0, 9, 0).release()
+def test_making_an_existing_semaphore_opens_it_unless_it_has_another_value(table: Member) -> None:
+    made = table.semaphores.make(0, 9, 0)
+    assert made is not None
     again = Semaphores(table.name, 2)
-    again.make(0, 9, 0).acquire(0)
+    opened = again.make(0, 9, 0)
+    assert opened is not None
+    opened.release()
+    assert made.value == 1, "one and the same"
+    assert again.make(0, 9, 0) is None
+    assert table.semaphores.make(0, 9, 0) is None
     again.close()
     table.semaphores.unlink(0, 9)
 
