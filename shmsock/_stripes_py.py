@@ -66,7 +66,7 @@ class Stripes:
         self._processes = segment.layout.processes
         self._stripes = segment.layout.stripes
         self._block = segment.layout.block
-        self._row_word = epoch << 8 | LIVE
+        self.row_word = epoch << 8 | LIVE
         self._claims_at = index * self._stripes
         # The serial numbers of the live references, by slot.
         self._holds: dict[int, set[int]] = {}
@@ -161,7 +161,7 @@ class Stripes:
             if cells.ctl[stripe] >> 2 != generation:
                 claims[mine] = 0  # retired meanwhile: the token is worthless, never post it
                 return CONTENDED
-            if cells.row_state[self.index] != self._row_word:
+            if cells.row_state[self.index] != self.row_word:
                 # Fenced, with a good token: post it, or the stripe would be stuck with no claim.
                 # WHY NOT raise here: ``_break`` would speak for a row that may have a new tenant by
                 # then. The next try looks at the row first, and raises.
@@ -195,7 +195,7 @@ class Stripes:
         if self.segment.header[_POISONED]:
             self.segment.check()
         # A forked child's inherited engine would claim in its parent's name.
-        if self.foreign or self.closed or self.cells.row_state[self.index] != self._row_word:
+        if self.foreign or self.closed or self.cells.row_state[self.index] != self.row_word:
             raise ClosedError(
                 f"this process is no participant of runtime {self.segment.name!r} any more: "
                 "Runtime.attach again"
@@ -209,7 +209,7 @@ class Stripes:
         would wait for it for ever if we never took that stripe again. For the timer.
         """
         with self.lock:
-            if self.closed or self.cells.row_state[self.index] != self._row_word:
+            if self.closed or self.cells.row_state[self.index] != self.row_word:
                 return
             for stripe in range(self._stripes):
                 if self.cells.claims[self._claims_at + stripe]:

@@ -142,6 +142,22 @@ def receive(sock: socket.socket, flags: int = socket.MSG_DONTWAIT) -> Message | 
     return message
 
 
+def is_inode(fd: int, inode: int) -> bool:
+    """Whether a number is open and still names this file."""
+    try:
+        return fd >= 0 and os.fstat(fd).st_ino == inode
+    except OSError:
+        return False
+
+
+def close_or_leave(sock: socket.socket, inode: int) -> None:
+    """Close a socket, unless foreign code did: its number may be another file's by now."""
+    if is_inode(sock.fileno(), inode):
+        sock.close()
+    else:
+        sock.detach()
+
+
 def _is_open(fd: int) -> bool:
     try:
         return fd >= 0 and bool(os.fstat(fd))
@@ -191,6 +207,7 @@ class Link:
         self.index = -1  # the peer's process row, once it said HELLO
         self.epoch = 0
         self.full_since = 0.0
+        self._inode = os.fstat(sock.fileno()).st_ino
         self._watch, self._unwatch = watch, unwatch
         self._resolve = resolve
         self._on_message, self._on_end = on_message, on_end
@@ -222,6 +239,10 @@ class Link:
             self.flush()
             return not self.closed
 
+    def is_ours(self) -> bool:
+        """Whether the number still is this socket: foreign code may have closed and reused it."""
+        return is_inode(self.sock.fileno(), self._inode)
+
     def is_stuck(self) -> bool:
         """Whether the peer has not read for so long that it counts as dead."""
         return bool(self.full_since) and time.monotonic() - self.full_since > _STUCK_AFTER_S
@@ -230,6 +251,8 @@ class Link:
         """Send what waits, until the peer's queue is full."""
         with self._lock:
             blocked = False
+            if self._queue and not self.is_ours():
+                self.close()
             while self._queue and not blocked and not self.closed:
                 kind, ids, code = self._queue[0]
                 try:
@@ -282,12 +305,16 @@ class Link:
                 return
             self._on_message(self, message)
 
+    def hang_up(self) -> None:
+        """Close the number and touch no epoll, lock or peer; for a forked child, and at the end."""
+        close_or_leave(self.sock, self._inode)
+
     def close(self) -> None:
         """Hang up; the end is told once."""
         with self._lock:
             if self.closed:
                 return
             self._unwatch(self.sock.fileno())
-            self.sock.close()
+            close_or_leave(self.sock, self._inode)
             self._queue.clear()
         self._on_end(self)

@@ -35,7 +35,7 @@ from .engine import Engine
 from .errors import DescriptorError
 from .layout import KIND_NAMES, LIVE, SLOT_BITS, SLOT_MASK
 from .peers import Peers, dial, has_moved_on
-from .segment import Segment
+from .segment import Segment, run_directory
 from .service import Service
 from .store import Store, shut_down
 
@@ -61,13 +61,14 @@ class Entry:
             becomes the owner of one that it had only written to is still to be told.
     """
 
-    __slots__ = ("fd", "pollers", "put", "sid", "sock", "told", "used")
+    __slots__ = ("fd", "inode", "pollers", "put", "sid", "sock", "told", "used")
 
     def __init__(self, sid: int, sock: socket.socket) -> None:
         """A fresh entry, in no epoll."""
         self.sid = sid
         self.sock = sock
         self.fd = sock.fileno()
+        self.inode = os.fstat(self.fd).st_ino  # tells whether foreign code has reused the number
         self.used = 0
         self.pollers: list[collections.abc.Callable[[int], None]] = []
         self.put = False  # whether the host has it, if it should
@@ -279,16 +280,29 @@ class Descriptors:
             raise DescriptorError("its creator has not handed the descriptor to the host yet")
 
     def _ask_host(self, sids: list[int], deadline: float) -> None:
-        try:
-            sock = self._idle_fetchers.pop()
-        except IndexError:
-            sock = self._dial_host(1, max(0.001, deadline - time.monotonic()))
+        sock = self._fetcher(max(0.001, deadline - time.monotonic()))
         try:
             self._exchange(sock, sids, deadline)
         except BaseException:
             sock.close()  # an answer that comes late must not meet the next question
             raise
         self._idle_fetchers.append(sock)
+
+    def _fetcher(self, timeout_s: float) -> socket.socket:
+        """An idle connection to the host, or a new one."""
+        with contextlib.suppress(IndexError):
+            while True:
+                sock = self._idle_fetchers.pop()
+                if self._is_fetcher(sock):
+                    return sock
+                sock.detach()  # foreign code closed it: the number may be another file's by now
+        return self._dial_host(1, timeout_s)
+
+    def _is_fetcher(self, sock: socket.socket) -> bool:
+        try:
+            return str(sock.getpeername()).startswith(run_directory(self._segment.name))
+        except OSError:
+            return False
 
     def _exchange(self, sock: socket.socket, sids: list[int], deadline: float) -> None:
         """Send GET and receive until every id was answered for."""
@@ -376,7 +390,7 @@ class Descriptors:
     def _close(self, entry: Entry) -> None:
         for forget in entry.pollers:
             forget(entry.fd)
-        entry.sock.close()
+        channel.close_or_leave(entry.sock, entry.inode)
 
     def _let_go(self, sid: int, recycled: bool) -> None:
         """The engine's count of an id reached 0 while it was marked, or it recycled the slot.
@@ -392,7 +406,7 @@ class Descriptors:
         """End the connection for everybody, and tell the host, which closes its duplicate."""
         with self._engine.lock:
             entry = self._entries.get(sid)
-            if entry is not None:
+            if entry is not None and channel.is_inode(entry.fd, entry.inode):
                 shut_down(entry.sock)
         store = self.store
         if store is not None:
@@ -408,10 +422,7 @@ class Descriptors:
             return
         sock = None
         try:
-            try:
-                sock = self._idle_fetchers.pop()
-            except IndexError:
-                sock = self._dial_host(1, 0)
+            sock = self._fetcher(0)
             channel.send(sock, channel.FAILED, [sid])
         except OSError as error:
             if sock is not None:
@@ -651,8 +662,13 @@ class Descriptors:
         """Close every number and touch no epoll; for a forked child, and at the end."""
         self.peers.forget()
         if self._link is not None:
-            self._link.sock.close()
+            self._link.hang_up()
         while self._idle_fetchers:
-            self._idle_fetchers.pop().close()
+            sock = self._idle_fetchers.pop()
+            if self._is_fetcher(sock):
+                sock.close()
+            else:
+                sock.detach()
         while self._entries:
-            self._entries.popitem()[1].sock.close()
+            entry = self._entries.popitem()[1]
+            channel.close_or_leave(entry.sock, entry.inode)

@@ -26,9 +26,9 @@ import select
 import threading
 import typing
 
-from .errors import PoisonedError, StripeTimeoutError
+from .errors import ClosedError, PoisonedError, StripeTimeoutError
 from .layout import format_socket_id
-from .service import Timer
+from .service import Timer, close_or_leave, is_intact
 from .socket import SocketRef
 
 if typing.TYPE_CHECKING:
@@ -78,6 +78,7 @@ class Dispatcher:
         self._again: collections.deque[Consumer] = collections.deque()
         self._arrived: collections.abc.Callable[[list[int]], object] | None = None
         self._stopping = False
+        self._lost = False
 
     def fileno(self) -> int:
         """The epoll's number: readable when ``run_once(0)`` would do something."""
@@ -183,7 +184,7 @@ class Dispatcher:
             self.call_soon(functools.partial(call, *arguments))
 
     def _wake(self) -> None:
-        if self._wake_fd >= 0:
+        if self._wake_fd >= 0 and is_intact(self._epoll, self._wake_fd):
             with contextlib.suppress(OSError):
                 os.eventfd_write(self._wake_fd, 1)
 
@@ -193,15 +194,21 @@ class Dispatcher:
         """Dispatch until ``stop``; the service thread's work is done here meanwhile.
 
         Raises:
+            ClosedError: The process was taken for dead, or foreign code closed its descriptors.
             PoisonedError: The runtime failed its audit: attach again once there is a new one.
+
+        What a signal handler raises comes out of here, and nothing is lost by it: ``run`` may be
+        called again.
         """
-        self._service.adopt()
         try:
+            self._service.adopt()
             self._thread = threading.get_ident()
             self._service_fd = self._service.epoll.fileno()
             self._epoll.register(self._service_fd, select.EPOLLIN)
             while not self._stopping:
                 self.run_once(-1.0)
+                if self._lost:
+                    raise ClosedError("this process was taken for dead: attach again")
             self._runtime._segment.check()
         finally:
             self._stopping = False
@@ -234,7 +241,25 @@ class Dispatcher:
             timeout_s = due_s
         if not adopted:
             self._service.ensure()
-        events = self._epoll.poll(timeout_s, _BATCH)
+        try:
+            self._run_batch(self._poll(timeout_s), adopted)
+        except BaseException:
+            # Edges were taken from the kernel that it will not report again: a signal handler's
+            # exception may strike between any two lines. So everybody is asked once more.
+            self._again.extend(self._consumers.values())
+            self._wake()
+            raise
+
+    def _poll(self, timeout_s: float) -> list[tuple[int, int]]:
+        try:
+            return self._epoll.poll(timeout_s, _BATCH)
+        except OSError as error:
+            if is_intact(self._epoll, self._wake_fd):
+                raise
+            self._runtime._disown()
+            raise ClosedError(f"foreign code closed the dispatcher's epoll: {error}") from None
+
+    def _run_batch(self, events: list[tuple[int, int]], adopted: bool) -> None:
         batch = [(fd, self._by_fd.get(fd)) for fd, _ in events]
         again, self._again = self._again, collections.deque()
         for fd, target in batch:
@@ -317,8 +342,14 @@ class Dispatcher:
         self._by_fd.clear()
         self._consumers.clear()
 
+    def _disowned(self) -> None:
+        """This process is no participant any more: ``run`` says so, and ends."""
+        self._lost = True
+        if not is_intact(self._epoll, self._wake_fd):
+            self._by_fd.clear()
+            self._consumers.clear()
+        self._wake()
+
     def _close_numbers(self) -> None:
-        self._epoll.close()
         fd, self._wake_fd = self._wake_fd, -1
-        if fd >= 0:
-            os.close(fd)
+        close_or_leave(self._epoll, fd)

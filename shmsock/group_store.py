@@ -61,6 +61,21 @@ class Opened:
     groups_of: lmdb._Database
     long_names: lmdb._Database
     pid: int
+    numbers: dict[int, int]  # its descriptors, and the inode of each
+
+    def is_intact(self) -> bool:
+        """Whether its descriptors are still its own: foreign code may have closed them."""
+        try:
+            return all(os.fstat(fd).st_ino == inode for fd, inode in self.numbers.items())
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Close, unless the numbers may be other files' by now: LMDB would close those."""
+        if self.is_intact():
+            self.env.close()
+        else:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.env))
 
 
 @dataclasses.dataclass(slots=True, eq=False, weakref_slot=True)
@@ -95,6 +110,8 @@ class Store:
             import lmdb
 
             try:
+                if write and not use.opened.is_intact():  # or pages go into somebody else's file
+                    raise ClosedError("foreign code closed the groups' files: attach again")
                 with use.opened.env.begin(write=write) as txn:
                     return operation(txn, use.opened)
             except (lmdb.ReadersFullError, lmdb.MapResizedError, lmdb.PanicError) as error:
@@ -148,7 +165,7 @@ class Store:
             if self.uses:
                 return False
             if self._opened is not None:
-                self._opened.env.close()
+                self._opened.close()
                 self._opened = None
             return True
 
@@ -195,7 +212,7 @@ class Store:
                 # 0.9, whatever LMDB_DEFAULT_LIB_VERSION is in somebody's environment.
                 lib_version=0,
             )
-            return _open_databases(env)
+            return _open_databases(env, _numbers_of(path))
         except lmdb.Error as error:
             raise _translated(error, self._directory) from error
         finally:
@@ -221,7 +238,19 @@ def _prepare(path: str) -> None:
             os.unlink(path)
 
 
-def _open_databases(env: lmdb.Environment) -> Opened:
+def _numbers_of(path: str) -> dict[int, int]:
+    """Which descriptors of this process are LMDB's; it does not tell itself."""
+    inodes = {os.stat(path).st_ino, os.stat(path + "-lock").st_ino}
+    numbers = {}
+    for entry in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            inode = os.fstat(int(entry)).st_ino
+            if inode in inodes and os.readlink(f"/proc/self/fd/{entry}").startswith(path):
+                numbers[int(entry)] = inode
+    return numbers
+
+
+def _open_databases(env: lmdb.Environment, numbers: dict[int, int]) -> Opened:
     # WHY NOT a read transaction when they exist: handles opened in one are closed with it, because
     # py-lmdb ends it by a reset. Nor open_db by itself: it waits for a writer with the GIL held.
     try:
@@ -235,6 +264,7 @@ def _open_databases(env: lmdb.Environment) -> Opened:
                 env.open_db(b"groups_of", txn, dupsort=True),
                 env.open_db(b"long_names", txn),
                 os.getpid(),
+                numbers,
             )
     except BaseException:
         env.close()

@@ -17,6 +17,8 @@ Traps, each seen to spring:
 * Threads share the locks: a local mutex goes with each byte that excludes.
 * F_GETLK never reports one's own lock: what we hold ourselves is remembered here.
 * The inode may have been unlinked while we waited: compare with the path after locking.
+* Foreign code may have closed our number and reused it: of another file every byte is free, and
+  everybody would look dead. So nothing the kernel says counts before the number is seen to be ours.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ import threading
 import time
 import weakref
 
-from .errors import AlreadyRunningError, RuntimeNotFoundError, TableFullError
+from .errors import AlreadyRunningError, ClosedError, RuntimeNotFoundError, TableFullError
 from .layout import FREE, LIVE, REAPING, ROLES
 from .segment import Segment, run_directory
 
@@ -135,7 +137,14 @@ class LockFile:
             return False
         return (status.st_dev, status.st_ino) == self._inode
 
+    def _check_ours(self) -> None:
+        if not self._is_ours():
+            raise ClosedError(
+                f"foreign code closed this process's {self.path}: it counts as dead, attach again"
+            )
+
     def _set(self, byte: int, kind: int) -> bool:
+        self._check_ours()
         request = _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0)
         try:
             fcntl.fcntl(self._fd, fcntl.F_SETLK, request)
@@ -143,6 +152,7 @@ class LockFile:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 return False
             raise
+        self._check_ours()
         return True
 
     def try_hold(self, byte: int) -> bool:
@@ -185,7 +195,7 @@ class LockFile:
 
     def _let_go(self, byte: int) -> None:
         self._held.discard(byte)
-        if self._is_ours():
+        with contextlib.suppress(ClosedError):
             self._set(byte, fcntl.F_UNLCK)
 
     def holder(self, byte: int, kind: int = fcntl.F_WRLCK) -> int:
@@ -193,10 +203,19 @@ class LockFile:
 
         A pid of another pid namespace is reported as a negative number or 0 by the kernel with a
         lock type other than F_UNLCK: it counts as held, by -1.
+
+        Raises:
+            ClosedError: Foreign code closed the file, so nothing can be told of anybody.
         """
         if byte in self._held or (byte == ATTACHED and self._sharers):
             return os.getpid()
-        answer = fcntl.fcntl(self._fd, fcntl.F_GETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
+        request = _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0)
+        try:
+            answer = fcntl.fcntl(self._fd, fcntl.F_GETLK, request)
+        except OSError:
+            self._check_ours()
+            raise
+        self._check_ours()  # ORDER: after; what was asked of another file's number is no answer
         found, _, _, _, pid = _FLOCK.unpack(answer)
         return 0 if found == fcntl.F_UNLCK else pid if pid > 0 else -1
 
@@ -212,7 +231,7 @@ class LockFile:
             try:
                 mine = all(self._set(byte, fcntl.F_WRLCK) for byte in sorted(self._held))
                 return mine and (not self._sharers or self._set(ATTACHED, fcntl.F_RDLCK))
-            except OSError:
+            except (OSError, ClosedError):
                 return False
 
     @contextlib.contextmanager
@@ -246,13 +265,13 @@ class LockFile:
 
     def forget_in_child(self) -> None:
         """In a forked child: close the inherited descriptor; it holds no lock of ours."""
-        with contextlib.suppress(OSError):
+        if self._is_ours():
             os.close(self._fd)
         self._fd = -1
 
     def __del__(self) -> None:
         """Close what nobody shared."""
-        if self._fd >= 0:
+        if self._is_ours():
             os.close(self._fd)
 
 

@@ -148,6 +148,7 @@ class Runtime(View):
         self._engine.io = self._io
         self._engine.repair = self._repair_stripe
         self._descriptors.peers.is_alive = self._processes.is_alive
+        self._service.on_lost = self._disown
         self._descriptors.on_hang_up = self._hung_up
         self._descriptors.on_arrival = self._arrived
         self._descriptors.on_lost = lambda sid: self._io.set_failed(
@@ -161,6 +162,7 @@ class Runtime(View):
         self._dispatcher: Dispatcher | None = None
         self._groups: Groups | None = None
         self._closed = False
+        self._disowned = False
         self._service.call_later(_TICK_S, self._tick)
 
     # -- being there ----------------------------------------------------------------------------
@@ -328,6 +330,11 @@ class Runtime(View):
             raise ClosedError(f"this Runtime of {self.name!r} is closed: attach again")
         if self._pid != os.getpid():
             self._attach_in_child()
+        elif self._disowned:
+            raise ClosedError(
+                f"this process was taken for dead in {self.name!r}, or foreign code closed its "
+                "descriptors: attach again"
+            )
 
     def _attach_in_child(self) -> None:
         with _fork_lock:
@@ -645,14 +652,17 @@ class Runtime(View):
 
     def _tick(self) -> None:
         """Once a second, in the service loop."""
+        if self._engine.closed:
+            return
         if self._segment.header[_POISONED]:
             self._end_poisoned()
             return
         self._service.call_later(_TICK_S, self._tick)
+        if not self._engine.closed and not self._still_there():
+            self._disown()
+        if self._engine.closed:
+            return
         self._segment.cells.row_heartbeat_ns[self.index] = time.monotonic_ns()
-        if not self._engine.closed and not self._lock_file.reassert():
-            log.error("runtime %r: this process was taken for dead; attach again", self.name)
-            self._engine.closed = True
         # Each on its own: what fails is logged, and does not keep the others from being done.
         for step in (
             self._engine.drain,
@@ -676,6 +686,38 @@ class Runtime(View):
         self._engine.closed = True
         if self._dispatcher is not None:
             self._dispatcher.stop()
+
+    def _still_there(self) -> bool:
+        """Whether our row is ours, and our numbers are."""
+        mine = self._segment.cells.row_state[self.index] == self._engine.row_word
+        return mine and self._lock_file.reassert() and self._service.is_intact()
+
+    def _disown(self) -> None:
+        """We were taken for dead, or foreign code (``closerange``) closed our descriptors.
+
+        Every later call raises ClosedError. What we held and owned is given back by whoever reaps
+        us; a number that may be another file's by now is neither written to nor closed.
+        """
+        if self._engine.closed:
+            return
+        log.error(
+            "runtime %r: this process was taken for dead, or its descriptors were closed by "
+            "foreign code: attach again",
+            self.name,
+        )
+        self._disowned = True
+        with self._engine.lock:  # none of our threads is inside a stripe from here on
+            self._engine.closed = True
+        if not self._service.is_intact():
+            self._service.abandon()
+            self._descriptors.forget()
+            if self._store is not None:
+                self._store.abandon()
+        self._lock_file.drop(FIRST_ROW + self.index)
+        if self._store is not None:
+            self._lock_file.drop(HOST)
+        if self._dispatcher is not None:
+            self._dispatcher._disowned()
 
     def _claim_unknown(self) -> None:
         if self._dispatcher is not None and self._dispatcher._arrived is not None:
@@ -713,6 +755,7 @@ class Runtime(View):
             return
         self._closed = True
         poisoned = bool(self._segment.header[_POISONED])
+        still_host = self._still_host()
         if self._dispatcher is not None:
             self._dispatcher.close()
         if not poisoned:
@@ -726,7 +769,8 @@ class Runtime(View):
         self._leave()
         if self._store is not None:
             self._store.close()
-            self._segment.publish_control_address("")
+            if still_host:
+                self._segment.publish_control_address("")
         self._descriptors.close()
         self._semaphores.close()
         self._segment.close()
@@ -747,15 +791,25 @@ class Runtime(View):
         self._engine.detach_all()
         with self._engine.lock:
             self._engine.closed = True
-        with self._recovery.arbitrated(timeout_s=0.2) as arbiter:
-            # Who is reaped is recounted, and a poisoned table makes no sense to recount.
-            if arbiter and self._is_current() and not self._segment.header[_POISONED]:
-                with contextlib.suppress(OSError):
-                    self._recovery.reap(self.index)
+        # Not ours any more if we were taken for dead: its tenant may be somebody else by now.
+        mine = self._segment.cells.row_state[self.index] >> 8 == self._engine.row_word >> 8
+        with contextlib.suppress(OSError, ClosedError):
+            if mine:
+                self._reap_oneself()
         self._lock_file.drop(FIRST_ROW + self.index)
         if self._store is not None:
             self._lock_file.drop(HOST)
         self._lock_file.unshare()
+
+    def _still_host(self) -> bool:
+        """Whether the host's place is ours: after ``_disown`` somebody else may have it."""
+        return self.is_host and not self._disowned
+
+    def _reap_oneself(self) -> None:
+        with self._recovery.arbitrated(timeout_s=0.2) as arbiter:
+            # Who is reaped is recounted, and a poisoned table makes no sense to recount.
+            if arbiter and self._is_current() and not self._segment.header[_POISONED]:
+                self._recovery.reap(self.index)
 
     def unlink(self) -> None:
         """Take every name of the runtime away; processes that are attached keep what they have."""
@@ -773,7 +827,7 @@ class Runtime(View):
         traceback: types.TracebackType | None,
     ) -> None:
         """Leave; the host also takes the names away."""
-        host = self.is_host
+        host = self._still_host()
         self.close()
         if host:
             self.unlink()
@@ -796,7 +850,7 @@ class Runtime(View):
         if self._dispatcher is not None:
             self._dispatcher._close_in_child()
             self._dispatcher = None
-        self._service.close_descriptors()
+        self._service.forget_in_child()
         self._descriptors.forget()
         if self._store is not None:
             self._store.forget()

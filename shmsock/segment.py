@@ -407,6 +407,12 @@ def _read_header(name: str, fd: int) -> Layout:
     return layout
 
 
+def _open_spare() -> tuple[int, int]:
+    """A descriptor that is nobody else's, and its inode, which tells that it still is."""
+    fd = os.memfd_create("shmsock-spare", os.MFD_CLOEXEC)
+    return fd, os.fstat(fd).st_ino
+
+
 class Semaphores:
     """A process's handles on the stripes' semaphores.
 
@@ -418,7 +424,7 @@ class Semaphores:
         """Nothing is opened yet."""
         self.name = name
         self._handles: list[dict[int, posix_ipc.Semaphore]] = [{} for _ in range(stripes)]
-        self._spare_fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        self._spare_fd, self._spare_inode = _open_spare()
 
     def path(self, stripe: int, generation: int) -> str:
         """The POSIX name."""
@@ -456,14 +462,16 @@ class Semaphores:
 
     def _burn_spare(self) -> None:
         fd, self._spare_fd = self._spare_fd, -1
-        if fd >= 0:
-            os.close(fd)
+        # Foreign code may have closed and reused the number.
+        with contextlib.suppress(OSError):
+            if fd >= 0 and os.fstat(fd).st_ino == self._spare_inode:
+                os.close(fd)
 
     def renew_spare(self) -> None:
         """Hold a descriptor to burn, if there is one to be had."""
         if self._spare_fd < 0:
             with contextlib.suppress(OSError):
-                self._spare_fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+                self._spare_fd, self._spare_inode = _open_spare()
 
     def make(self, stripe: int, generation: int, value: int = 0) -> posix_ipc.Semaphore | None:
         """Open the semaphore of a generation not yet in use, making it if it does not exist.

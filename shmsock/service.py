@@ -13,6 +13,7 @@ from __future__ import annotations
 import collections
 import collections.abc
 import contextlib
+import ctypes
 import heapq
 import itertools
 import logging
@@ -50,6 +51,29 @@ class Timer:
             self.call()
 
 
+def is_intact(epoll: select.epoll, wake_fd: int) -> bool:
+    """Whether both numbers are still ours: foreign code may have closed and reused them.
+
+    One system call tells: the kernel finds an eventfd in an epoll by its number and by its file.
+    """
+    try:
+        epoll.modify(wake_fd, select.EPOLLIN)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def close_or_leave(epoll: select.epoll, wake_fd: int) -> None:
+    """Close both numbers, unless foreign code did: then they may be somebody else's by now."""
+    if epoll.closed or is_intact(epoll, wake_fd):
+        epoll.close()
+        if wake_fd >= 0:
+            os.close(wake_fd)
+    else:
+        # An epoll object cannot be parted from its number, which its end would close.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(epoll))
+
+
 class Service:
     """An epoll with handlers and timers, driven by its own thread or by a dispatcher."""
 
@@ -70,6 +94,8 @@ class Service:
         self._adopted = False
         self._stopping = False
         self._runner = 0  # the ident of the thread that runs the loop now
+        # Called in the loop when foreign code has closed our numbers; the loop ends.
+        self.on_lost: Call = lambda: None
 
     # -- who runs it ----------------------------------------------------------------------------
 
@@ -118,10 +144,31 @@ class Service:
         WHY NOT EPOLL_CTL_DEL first: the child shares the parent's epoll and would unregister the
         parent's descriptors.
         """
-        self.epoll.close()
-        if self._wake_fd >= 0:
-            fd, self._wake_fd = self._wake_fd, -1
-            os.close(fd)
+        self._stopping = True
+        fd, self._wake_fd = self._wake_fd, -1
+        close_or_leave(self.epoll, fd)
+
+    def forget_in_child(self) -> None:
+        """In a forked child: a thread that the fork left behind may have had the locks."""
+        self._lock = threading.Lock()
+        self._watching = threading.RLock()
+        self._thread = None
+        self._handlers.clear()
+        self._timers.clear()
+        self.close_descriptors()
+
+    def is_intact(self) -> bool:
+        """Whether our numbers are still ours."""
+        return is_intact(self.epoll, self._wake_fd)
+
+    def abandon(self) -> None:
+        """Foreign code closed our numbers: the loop ends, and touches none of them again."""
+        with self._lock:
+            self._stopping, self._thread = True, None
+        self._handlers.clear()
+        self._timers.clear()
+        self._soon.clear()
+        self.close_descriptors()
 
     def _join(self, thread: threading.Thread | None) -> None:
         if thread is not None and thread is not threading.current_thread():
@@ -141,6 +188,12 @@ class Service:
         try:
             events = self.epoll.poll(timeout_s, _BATCH)
         except ValueError:  # closed under us
+            return
+        except OSError as error:  # EBADF, EINVAL: foreign code closed it
+            log.error("the service loop ends: %s", error)
+            with self._lock:
+                self._stopping, self._thread = True, None
+            _call(self.on_lost)
             return
         # Handlers may close numbers, and the kernel reuses them: whose event it is, is settled
         # before the first one runs.
@@ -212,7 +265,7 @@ class Service:
 
     def wake(self) -> None:
         """End a wait in progress."""
-        if self._wake_fd >= 0:
+        if self._wake_fd >= 0 and self.is_intact():
             with contextlib.suppress(OSError):
                 os.eventfd_write(self._wake_fd, 1)
 

@@ -61,6 +61,7 @@ class Store:
         self._parked: dict[int, list[channel.Link]] = {}
         self._spread: list[int] = []
         self._told_full = False
+        self._abandoned = False
         self._arrival = threading.Condition(threading.Lock())
         # Called with a process index when it can be passed sockets.
         self.on_join: collections.abc.Callable[[int], object] | None = None
@@ -192,7 +193,7 @@ class Store:
     def close(self) -> None:
         """Hang up on everybody and close what is kept, without shutting it down."""
         self._service.unwatch(self._listener.fileno())
-        self._listener.close()
+        self._close_listener()
         with contextlib.suppress(OSError):
             os.unlink(self.address)
         self._on_hang_up = lambda: None
@@ -202,11 +203,37 @@ class Store:
 
     def forget(self) -> None:
         """Close every descriptor and tell nobody; for a forked child."""
-        self._listener.close()
+        self._close_listener()
         for link in self._peers:
-            link.sock.close()
+            link.hang_up()
         while self._sockets:
-            self._sockets.popitem()[1].close()
+            sid, sock = self._sockets.popitem()
+            self._end(sid, sock)
+
+    def _close_listener(self) -> None:
+        try:
+            ours = self._listener.getsockname() == self.address
+        except OSError:
+            ours = False
+        if ours:
+            self._listener.close()
+        else:
+            self._listener.detach()  # foreign code closed it: the number may be another file's
+
+    def _end(self, sid: int, sock: socket.socket) -> None:
+        """Close a duplicate, if the number still is what its slot says."""
+        slot = sid & SLOT_MASK
+        if self._segment.cells.versioned_ref[slot] >> SLOT_BITS & ~1 == sid >> SLOT_BITS:
+            channel.close_or_leave(sock, self._segment.cells.inode[slot])
+        elif self._abandoned:
+            sock.detach()
+        else:
+            sock.close()
+
+    def abandon(self) -> None:
+        """Foreign code closed our numbers: close those that are ours for sure, tell nobody."""
+        self._abandoned = True
+        self.forget()
 
     # -- the peers ------------------------------------------------------------------------------
 
