@@ -753,6 +753,8 @@ class Runtime(View):
         """
         if self._closed or self._pid != os.getpid():
             return
+        if not self._engine.closed and not self._still_there():
+            self._disown()
         self._closed = True
         poisoned = bool(self._segment.header[_POISONED])
         still_host = self._still_host()
@@ -773,7 +775,7 @@ class Runtime(View):
                 self._segment.publish_control_address("")
         self._descriptors.close()
         self._semaphores.close()
-        self._segment.close()
+        self._segment.close(leave_number=self._disowned)
         _runtimes.discard(self)
 
     def _fail_owned(self) -> None:

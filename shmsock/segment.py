@@ -18,12 +18,14 @@ came to repair what the first one left.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import mmap
 import os
 import re
 import secrets
 import stat
+import sys
 import time
 import typing
 
@@ -53,6 +55,9 @@ FIRST_GENERATION = 1
 SPARE_GENERATIONS = 2
 
 _POISONED = HEADER_INDEX["poisoned"]
+# From 3.13 on a mapping can do without a duplicate of the descriptor.
+_NO_DESCRIPTOR: typing.Any = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
@@ -180,7 +185,7 @@ class Segment:
         self.layout = layout
         columns, self.total_bytes = layout.columns()
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        self.map = mmap.mmap(fd, self.total_bytes, prot=protection)
+        self.map = mmap.mmap(fd, self.total_bytes, prot=protection, **_NO_DESCRIPTOR)
         # Two mappings of one name may follow each other: the inode tells which this is.
         self.inode = os.fstat(fd).st_ino
         self.header: Words = memoryview(self.map)[: 8 * len(HEADER_WORDS)].cast("Q")
@@ -193,8 +198,16 @@ class Segment:
             if not column.dtype.startswith("S"):
                 setattr(self.cells, column.name, memoryview(typing.cast(typing.Any, flat)))
 
-    def close(self) -> None:
-        """Unmap; whoever still looks at a column keeps the mapping until it lets go."""
+    def close(self, *, leave_number: bool = False) -> None:
+        """Unmap; whoever still looks at a column keeps the mapping until it lets go.
+
+        Args:
+            leave_number: Keep the mapping for ever: Python's has a descriptor of its own, which
+                foreign code has closed, and whose number may be another file's by now.
+        """
+        if leave_number and not _NO_DESCRIPTOR:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.map))
+            return
         vars(self.columns).clear()
         for cells in vars(self.cells).values():
             cells.release()

@@ -158,8 +158,8 @@ class Service:
         self.close_descriptors()
 
     def is_intact(self) -> bool:
-        """Whether our numbers are still ours."""
-        return is_intact(self.epoll, self._wake_fd)
+        """Whether our numbers are still ours, or were closed in order."""
+        return self.epoll.closed or is_intact(self.epoll, self._wake_fd)
 
     def abandon(self) -> None:
         """Foreign code closed our numbers: the loop ends, and touches none of them again."""
@@ -265,7 +265,7 @@ class Service:
 
     def wake(self) -> None:
         """End a wait in progress."""
-        if self._wake_fd >= 0 and self.is_intact():
+        if self._wake_fd >= 0 and is_intact(self.epoll, self._wake_fd):
             with contextlib.suppress(OSError):
                 os.eventfd_write(self._wake_fd, 1)
 
