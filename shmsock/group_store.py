@@ -247,6 +247,7 @@ def _numbers_of(path: str) -> dict[int, int]:
             inode = os.fstat(int(entry)).st_ino
             if inode in inodes and os.readlink(f"/proc/self/fd/{entry}").startswith(path):
                 numbers[int(entry)] = inode
+                os.set_inheritable(int(entry), False)  # LMDB leaves its data file to programs
     return numbers
 
 
