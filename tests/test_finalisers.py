@@ -151,7 +151,7 @@ def test_exceptions_of_signal_handlers_leave_run_and_lose_no_event(
     dispatcher = shmsock.Dispatcher(runtime)
     clients: dict[int, socket.socket] = {}
     received: dict[int, bytearray] = {}
-    total, interruptions = 100_000, 0
+    total, interruptions = 50_000, 0
 
     def consume(reference: shmsock.SocketRef) -> None:
         # Between recv and += the handler would take what was received: that is the user's to mask.
@@ -179,6 +179,7 @@ def test_exceptions_of_signal_handlers_leave_run_and_lose_no_event(
         dispatcher.add_consumer(sid, consume)
 
     def send() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])  # or it is taken here, for main
         for number in range(0, total, 10):
             for peers in clients.values():
                 peers.sendall(bytes((number + i) & 0xFF for i in range(10)))
@@ -191,9 +192,9 @@ def test_exceptions_of_signal_handlers_leave_run_and_lose_no_event(
     sender.start()
     finished = False
     try:
-        while not finished and interruptions < 5_000:
+        while not finished and interruptions < 500:
             try:
-                signal.setitimer(signal.ITIMER_REAL, 0.004)
+                signal.setitimer(signal.ITIMER_REAL, 0.002 * (1 + interruptions / 10))
                 dispatcher.run()
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 finished = True
@@ -204,7 +205,7 @@ def test_exceptions_of_signal_handlers_leave_run_and_lose_no_event(
         signal.signal(signal.SIGALRM, before)
         sender.join(WATCHDOG_S)
     assert finished, {sid: len(got) for sid, got in received.items()}
-    assert interruptions > 10
+    assert interruptions > 2
     assert all(runtime.status(sid) is shmsock.Status.LIVE for sid in clients)
     assert runtime.audit() == []
     dispatcher.close()
@@ -224,7 +225,7 @@ def test_threads_that_address_and_close_one_slot_never_lose_count(table: Member)
 
     def work(seed: int) -> None:
         try:
-            for turn in range(400):
+            for turn in range(2000):
                 reference: typing.Any = table.engine.address(sid)
                 assert not reference.failed
                 if (turn + seed) % 3 == 0:
