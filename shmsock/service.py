@@ -19,6 +19,7 @@ import itertools
 import logging
 import os
 import select
+import signal
 import threading
 import time
 
@@ -176,6 +177,8 @@ class Service:
             thread.join()
 
     def _run(self) -> None:
+        # A signal taken here would neither end a wait of the main thread nor heed its mask.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         me = threading.current_thread()
         self._runner = threading.get_ident()
         while self._thread is me:
