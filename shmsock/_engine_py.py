@@ -10,7 +10,8 @@ stores the same formula again, from any half-done state, as often as it likes.
 
 The count of a slot is the set of serial numbers of the live reference objects. A set, because it
 makes taking a reference away idempotent: an exception between two bytecodes can then lose nothing
-and take nothing twice, as whoever drops the object repeats it.
+and take nothing twice, as whoever drops the object repeats it. Beside each number is a weak
+reference to its object: should even the finaliser be interrupted, the timer sees that it is gone.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import logging
 import operator
 import time
 import typing
+import weakref
 
 from ._stripes_py import CONTENDED, DONE, NOTHING, RECYCLED, STRIPE_TIMEOUT_S, Body, Stripes
 from .errors import ClosedError, PoisonedError, StripeTimeoutError, TableFullError
@@ -44,6 +46,9 @@ NAME = "py"
 log = logging.getLogger("shmsock")
 
 _SLOT_END = 1 << 63
+
+# Serial number, version, whether a failed socket will do, and the reference.
+Attachment = tuple[int, int, bool, "weakref.ref[Reference]"]
 
 
 @dataclasses.dataclass
@@ -473,7 +478,7 @@ class Engine(Stripes):
             self._check_participation()
         serial = next(self._serials)
         reference = self._reference_type(self, sid, serial)
-        argument = (serial, version, failed_too)
+        argument = (serial, version, failed_too, weakref.ref(reference))
         with self.lock:
             result = self._attach_again(slot, argument)
         if not result:
@@ -486,20 +491,20 @@ class Engine(Stripes):
         reference._serial = 0
         return None
 
-    def _attach_again(self, slot: int, argument: tuple[int, int, bool]) -> int:
+    def _attach_again(self, slot: int, argument: Attachment) -> int:
         """Count one more reference of an attached process: 0 if it is not attached."""
         serials = self._holds.get(slot)
         if not serials:
             return NOTHING
-        serial, version, failed_too = argument
+        serial, version, failed_too, watched = argument
         seen = self.cells.versioned_ref[slot] >> SLOT_BITS
         if seen != version and not (failed_too and seen == version + 1):
             return RECYCLED  # an older life than the one we hold: gone
-        serials.add(serial)
+        serials[serial] = watched
         return DONE
 
-    def _attach(self, slot: int, argument: tuple[int, int, bool]) -> int:
-        serial, version, failed_too = argument
+    def _attach(self, slot: int, argument: Attachment) -> int:
+        serial, version, failed_too, watched = argument
         cells = self.cells
         seen = cells.versioned_ref[slot] >> SLOT_BITS
         if cells.state[slot] != LIVE:
@@ -508,7 +513,7 @@ class Engine(Stripes):
             return NOTHING
         cells.held[slot * self._processes + self.index] = 1
         result = settle(cells, slot, self._processes)
-        self._holds[slot] = {serial}
+        self._holds[slot] = {serial: watched}
         return result
 
     def add_reference(self, reference: Reference) -> Reference:
@@ -518,10 +523,10 @@ class Engine(Stripes):
             self._check_participation()
         another = self._reference_type(self, sid, next(self._serials))
         with self.lock:
-            serials = self._holds.get(sid & SLOT_MASK, set())
+            serials = self._holds.get(sid & SLOT_MASK, {})
             known = reference._serial in serials
             if known:
-                serials.add(another._serial)
+                serials[another._serial] = weakref.ref(another)
         if self._dropped:
             self.drain()
         if known:
@@ -561,7 +566,7 @@ class Engine(Stripes):
             return DONE
         if len(serials) == 1:
             return NOTHING
-        serials.discard(serial)
+        serials.pop(serial, None)
         return DONE
 
     def _detach(self, slot: int, serial: int) -> int:
@@ -605,6 +610,19 @@ class Engine(Stripes):
                 continue
             with contextlib.suppress(ValueError):
                 self._dropped.remove(item)
+
+    def collect(self) -> None:
+        """Give back what was dropped, also where the finaliser itself was interrupted; the timer's.
+
+        A KeyboardInterrupt may come before a finaliser's first line, is reported and ignored there,
+        and nobody else knows of the reference. But its weak reference is dead.
+        """
+        for slot, serials in list(self._holds.items()):
+            for serial, watched in list(serials.items()):
+                if watched() is None:
+                    version = self.cells.versioned_ref[slot] >> SLOT_BITS & ~1
+                    self._dropped.append((version << SLOT_BITS | slot, serial))
+        self.drain()
 
     def _give_back(self, sid: int, serial: int) -> bool:
         """Dereference if neither a lock that is ours already nor the stripe must be waited for.

@@ -28,6 +28,7 @@ import collections.abc
 import threading
 import time
 import typing
+import weakref
 
 import posix_ipc
 
@@ -68,8 +69,8 @@ class Stripes:
         self._block = segment.layout.block
         self.row_word = epoch << 8 | LIVE
         self._claims_at = index * self._stripes
-        # The serial numbers of the live references, by slot.
-        self._holds: dict[int, set[int]] = {}
+        # The serial numbers of the live references, and these weakly, by slot.
+        self._holds: dict[int, dict[int, weakref.ref[typing.Any]]] = {}
         # What finalisers could not give back, as id and serial number.
         self._dropped: collections.deque[tuple[int, int]] = collections.deque()
 

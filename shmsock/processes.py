@@ -161,10 +161,15 @@ class LockFile:
             return byte not in self._held and self._hold(byte)
 
     def _hold(self, byte: int) -> bool:
-        if not self._set(byte, fcntl.F_WRLCK):
-            return False
-        self._held.add(byte)
-        return True
+        self._held.add(byte)  # ORDER: said before it is so, or an exception would hide it
+        try:
+            got = self._set(byte, fcntl.F_WRLCK)
+        except BaseException:
+            self._let_go(byte)
+            raise
+        if not got:
+            self._held.discard(byte)
+        return got
 
     def share(self) -> bool:
         """Read-lock the participants' byte, once more; false while a janitor is at work."""
@@ -194,9 +199,10 @@ class LockFile:
             self._let_go(byte)
 
     def _let_go(self, byte: int) -> None:
-        self._held.discard(byte)
+        """ORDER: let go, then forgotten: what an exception leaves is repeated by ``reassert``."""
         with contextlib.suppress(ClosedError):
             self._set(byte, fcntl.F_UNLCK)
+        self._held.discard(byte)
 
     def holder(self, byte: int, kind: int = fcntl.F_WRLCK) -> int:
         """The pid of who keeps us from locking a byte; our own if we do; 0 when it is free.
@@ -225,6 +231,10 @@ class LockFile:
         Returns:
             False when one of them belongs to somebody else by now, or the file is gone from us.
         """
+        for byte in (ARBITER, REGISTRATION):
+            if byte in self._held:  # perhaps nobody is inside, and an exception left it
+                with self.exclusive(byte, timeout_s=0):
+                    pass
         with self._mutex:
             if not self._is_ours():
                 return False

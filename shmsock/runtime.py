@@ -665,7 +665,7 @@ class Runtime(View):
         self._segment.cells.row_heartbeat_ns[self.index] = time.monotonic_ns()
         # Each on its own: what fails is logged, and does not keep the others from being done.
         for step in (
-            self._engine.drain,
+            self._engine.collect,
             self._look_around,
             self._writers.tick,
             self._descriptors.tick,

@@ -95,7 +95,6 @@ def test_a_child_forked_while_every_lock_of_the_library_is_held_works(
         "Service._watching",
         "Writers._lock",
         "LockFile._mutex",
-        "LockFile._exclusive",
         "LockFile._open_lock",
         "Store._arrival",
         "shmsock.runtime._fork_lock",

@@ -10,10 +10,10 @@ import signal
 import sys
 import time
 
-from . import deaths
+from . import deaths, instructions, interrupts, public
 from .stage import Plan, Stage, Tally
 
-KINDS = {"deaths": deaths.run}
+KINDS = {"deaths": deaths.run, "instructions": instructions.run, "interrupts": interrupts.run, "public": public.run}
 _COLUMNS = (
     "kind", "positions", "recovered", "tokens_lost", "ownerless", "retired", "recounted",
     "reaped", "seconds",
@@ -45,9 +45,9 @@ def main(arguments: collections.abc.Sequence[str] | None = None) -> int:
             for tally in KINDS[kind](stage, plan):
                 tallies.append(tally)
                 print(_row(tally), flush=True)
+                for problem in tally.problems():
+                    print(problem, file=sys.stderr, flush=True)
     problems = [problem for tally in tallies for problem in tally.problems()]
-    for problem in problems:
-        print(problem, file=sys.stderr)
     for tally in tallies:
         if tally.skipped:
             print(f"{tally.kind} was skipped: {tally.skipped}", file=sys.stderr)

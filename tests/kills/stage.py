@@ -108,8 +108,7 @@ class Stage:
         return Member.create(f"t{os.getpid()}-k{next(_numbers)}", self.module)
 
     def close(self) -> None:
-        with contextlib.suppress(Exception):
-            self.table.leave()
+        self.table.close()
         self.table.unlink()
 
     def __enter__(self) -> Stage:
