@@ -62,16 +62,8 @@ class Dispatcher:
             ValueError: The runtime has one already.
         """
         self._runtime = runtime
-        self._service = runtime._adopt_dispatcher(self)
         self._thread = 0  # the ident of the thread that is in run()
         self._service_fd = -1  # in our epoll during run()
-        try:
-            self._epoll = select.epoll()
-            self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            self._epoll.register(self._wake_fd, select.EPOLLIN)
-        except BaseException:
-            runtime._adopt_dispatcher(None)
-            raise
         self._soon: collections.deque[collections.abc.Callable[[], object]] = collections.deque()
         self._consumers: dict[int, Consumer] = {}
         self._by_fd: dict[int, Consumer | collections.abc.Callable[[], object]] = {}
@@ -79,6 +71,15 @@ class Dispatcher:
         self._arrived: collections.abc.Callable[[list[int]], object] | None = None
         self._stopping = False
         self._lost = False
+        # ORDER: whole before it is known: the service thread looks at the runtime's dispatcher.
+        self._service = runtime._adopt_dispatcher(self)
+        try:
+            self._epoll = select.epoll()
+            self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._epoll.register(self._wake_fd, select.EPOLLIN)
+        except BaseException:
+            runtime._adopt_dispatcher(None)
+            raise
 
     def fileno(self) -> int:
         """The epoll's number: readable when ``run_once(0)`` would do something."""

@@ -171,6 +171,10 @@ class LockFile:
             self._held.discard(byte)
         return got
 
+    def holds(self, byte: int) -> bool:
+        """Whether some thread of this process has a byte, or is about to."""
+        return byte in self._held
+
     def share(self) -> bool:
         """Read-lock the participants' byte, once more; false while a janitor is at work."""
         with self._mutex:
@@ -315,6 +319,7 @@ class Processes:
         self._columns = segment.columns
         self._count = segment.layout.processes
         self._stripes = segment.layout.stripes
+        self._row = -1  # ours, since register
         self.lock_file = lock_file
 
     def register(self, role: str) -> tuple[int, int]:
@@ -340,16 +345,25 @@ class Processes:
                 word = self._cells.row_state[index]
                 if word & 0xFF != FREE or not self._is_clean(index):
                     continue
-                if not self.lock_file.try_hold(FIRST_ROW + index):
+                if self.lock_file.holds(FIRST_ROW + index):
                     continue
+                self._row = index  # ORDER: known before it is taken; see withdraw
                 try:
-                    return index, self._fill_row(index, role)
+                    if self.lock_file.try_hold(FIRST_ROW + index):
+                        return index, self._fill_row(index, role)
                 except BaseException:  # whatever is in the row by now is a dead process's
-                    self.lock_file.drop(FIRST_ROW + index)
+                    self.withdraw()
                     raise
+                self._row = -1
         raise TableFullError(
             f"all {self._count} process rows are taken: raise `processes` of Runtime.create"
         )
+
+    def withdraw(self) -> None:
+        """Let the row's byte go: to the others its process has died. Again does nothing."""
+        if self._row >= 0:
+            self.lock_file.drop(FIRST_ROW + self._row)
+            self._row = -1
 
     def _fill_row(self, index: int, role: str) -> int:
         cells = self._cells

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import collections
 import collections.abc
 import contextlib
 import errno
@@ -48,7 +49,7 @@ from .layout import (
 )
 from .mending import Mended, Mender
 from .names import own_name, remove
-from .processes import FIRST_ROW, HOST, REGISTRATION, LockFile, Processes
+from .processes import HOST, REGISTRATION, LockFile, Processes
 from .recovery import Recovery
 from .segment import (
     SHM_DIRECTORY,
@@ -130,8 +131,14 @@ class Runtime(View):
             if not self._is_current():
                 raise InTransitionError(f"runtime {self.name!r} was just removed or replaced")
             self._processes = Processes(segment, self._lock_file)
+            undo.callback(self._processes.withdraw)
             self.index, epoch = self._processes.register(self._role)
-            undo.pop_all()
+            self._build(epoch)
+            undo.pop_all()  # last: an exception up to here leaves nothing
+
+    def _build(self, epoch: int) -> None:
+        """All that stands on the row; nothing here is seen by others."""
+        segment = self._segment
         self._engine = Engine(segment, self._semaphores, self.index, epoch, SocketRef)
         self._recovery = Recovery(segment, self._processes, self._semaphores, self._engine)
         self._descriptors = Descriptors(segment, self._engine, self._service, epoch)
@@ -163,6 +170,8 @@ class Runtime(View):
         self._groups: Groups | None = None
         self._closed = False
         self._disowned = False
+        self._sharing = True
+        self._leaving: collections.deque[collections.abc.Callable[[], object]] = collections.deque()
         self._service.call_later(_TICK_S, self._tick)
 
     # -- being there ----------------------------------------------------------------------------
@@ -266,11 +275,13 @@ class Runtime(View):
             except InTransitionError as error:
                 failure = error
             else:
-                _adopt_current(runtime)
                 try:
-                    runtime._look()
-                except OSError as error:  # we take part all the same, and the timer looks again
-                    log.error("runtime %r cannot be repaired now: %s", name, error)
+                    _adopt_current(runtime)
+                    with _repaired_later(name):
+                        runtime._look()
+                except BaseException:
+                    runtime.close()
+                    raise
                 return runtime
             time.sleep(0.02)
         raise failure
@@ -713,7 +724,7 @@ class Runtime(View):
             self._descriptors.forget()
             if self._store is not None:
                 self._store.abandon()
-        self._lock_file.drop(FIRST_ROW + self.index)
+        self._processes.withdraw()
         if self._store is not None:
             self._lock_file.drop(HOST)
         if self._dispatcher is not None:
@@ -751,32 +762,40 @@ class Runtime(View):
         The host's leaving ends the runtime's descriptor store; what is left of the names is taken
         away by ``unlink``. Closing twice does nothing.
         """
-        if self._closed or self._pid != os.getpid():
+        if self._pid != os.getpid():
             return
-        if not self._engine.closed and not self._still_there():
-            self._disown()
-        self._closed = True
-        poisoned = bool(self._segment.header[_POISONED])
-        still_host = self._still_host()
-        if self._dispatcher is not None:
-            self._dispatcher.close()
-        if not poisoned:
-            self._fail_owned()
-        elif self._store is not None:
-            self._store.end_connections()
-        self._service.close()
-        self._writers.close()
-        if self._groups is not None:
-            self._groups.close()
-        self._leave()
-        if self._store is not None:
-            self._store.close()
-            if still_host:
-                self._segment.publish_control_address("")
-        self._descriptors.close()
-        self._semaphores.close()
-        self._segment.close(leave_number=self._disowned)
+        if not self._closed:
+            if not self._engine.closed and not self._still_there():
+                self._disown()
+            self._leaving = collections.deque(self._ways_out())
+            self._closed = True
+        # Repeating a step is harmless, so it goes last: who was interrupted closes again.
+        while self._leaving:
+            self._leaving[0]()
+            self._leaving.popleft()
         _runtimes.discard(self)
+
+    def _ways_out(self) -> collections.abc.Iterator[collections.abc.Callable[[], object]]:
+        """What closing does, one after the other."""
+        if self._dispatcher is not None:
+            yield self._dispatcher.close
+        if not self._segment.header[_POISONED]:
+            yield self._fail_owned
+        elif self._store is not None:
+            yield self._store.end_connections
+        yield self._service.close
+        yield self._writers.close
+        if self._groups is not None:
+            yield self._groups.close
+        yield self._leave
+        yield self._unshare
+        if self._store is not None:
+            yield self._store.close
+            if self._still_host():
+                yield lambda: self._segment.publish_control_address("")
+        yield self._descriptors.close
+        yield self._semaphores.close
+        yield lambda: self._segment.close(leave_number=self._disowned)
 
     def _fail_owned(self) -> None:
         """End our own sockets while their peers can still be told."""
@@ -798,10 +817,14 @@ class Runtime(View):
         with contextlib.suppress(OSError, ClosedError):
             if mine:
                 self._reap_oneself()
-        self._lock_file.drop(FIRST_ROW + self.index)
+        self._processes.withdraw()
         if self._store is not None:
             self._lock_file.drop(HOST)
-        self._lock_file.unshare()
+
+    def _unshare(self) -> None:
+        if self._sharing:
+            self._sharing = False  # first: unsharing twice would be another Runtime's share
+            self._lock_file.unshare()
 
     def _still_host(self) -> bool:
         """Whether the host's place is ours: after ``_disown`` somebody else may have it."""
@@ -925,6 +948,15 @@ def _make_semaphores(name: str, stripes: int, first_generation: int) -> None:
         ) from None
     finally:
         semaphores.close()
+
+
+@contextlib.contextmanager
+def _repaired_later(name: str) -> collections.abc.Iterator[None]:
+    """We take part also where repair is impossible at this moment; the timer looks again."""
+    try:
+        yield
+    except OSError as error:
+        log.error("runtime %r cannot be repaired now: %s", name, error)
 
 
 def _reap_from_outside(segment: Segment) -> None:

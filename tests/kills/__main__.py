@@ -16,7 +16,7 @@ from .stage import Plan, Stage, Tally
 KINDS = {"deaths": deaths.run, "instructions": instructions.run, "interrupts": interrupts.run, "public": public.run}
 _COLUMNS = (
     "kind", "positions", "recovered", "tokens_lost", "ownerless", "retired", "recounted",
-    "reaped", "seconds",
+    "reaped", "adrift", "seconds",
 )  # fmt: skip
 
 
@@ -34,6 +34,7 @@ def main(arguments: collections.abc.Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.stride < 1:
         parser.error("--stride must be at least 1")
+    sys.unraisablehook = id  # an exception in a finaliser is reported there, thousands of times
     signal.signal(signal.SIGINT, signal.default_int_handler)
     plan = Plan(options.stride, options.seed)
     module = importlib.import_module("shmsock._engine" + ("_py" if options.engine == "py" else ""))

@@ -42,6 +42,7 @@ class Tally:
         retired: Stripes that were given a new semaphore.
         recounted: Blocks that were recounted.
         reaped: Rows that were given back.
+        adrift: Descriptors that an exception took before any object had them.
         failures: What was not sound, with its position.
     """
 
@@ -54,6 +55,7 @@ class Tally:
     retired: int = 0
     recounted: int = 0
     reaped: int = 0
+    adrift: int = 0
     seconds: float = 0.0
     skipped: str = ""
     failures: list[str] = dataclasses.field(default_factory=list)
