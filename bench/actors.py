@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import socket
 import sys
 import threading
@@ -115,6 +117,53 @@ class Actor:
             if not wait(1):
                 raise RuntimeError("the receiver has gone")
         return took
+
+
+    # -- who dies ---------------------------------------------------------------------------
+
+    def host(self, name: str, count: int) -> list[int]:
+        """Create a runtime with sockets that others hold; their ids."""
+        runtime = self._stack.enter_context(
+            shmsock.Runtime.create(name, slots=1024, processes=16, stripes=8)
+        )
+        sids = []
+        for _ in range(count):
+            ours, theirs = socket.socketpair()
+            self._stack.callback(theirs.close)
+            sids.append(runtime.create_socket(ours))
+        return sids
+
+    def victim(self, name: str, sids: list[int], inside: bool) -> int:
+        """Fork a process that holds these sockets, inside a stripe if asked to; its pid.
+
+        This one attaches nothing, so that its children are processes like any other.
+        """
+        read, write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            runtime = shmsock.Runtime.attach(name)
+            held = [runtime.address(sid) for sid in sids]
+            assert held[0] is not None
+            if inside:
+
+                def sit(slot: int, argument: object) -> int:
+                    os.write(write, b".")
+                    signal.pause()
+                    return 1
+
+                runtime._engine.run(0, sit, -1)
+            held[0].fileno()
+            os.write(write, b".")
+            signal.pause()
+        os.close(write)
+        if not os.read(read, 1):
+            raise RuntimeError("a victim died too early")
+        os.close(read)
+        return pid
+
+    def bury(self) -> None:
+        """Reap the last victim."""
+        os.wait()
 
 
 def main() -> None:

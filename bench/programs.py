@@ -82,10 +82,11 @@ def _wait_unreaped(pid: int, timeout_s: float) -> None:
 
 
 class Server(typing.NamedTuple):
-    """A running server: its port, and the process at the root of its tree."""
+    """A running server: its port, the process at the root of its tree, and its runtime's name."""
 
     port: int
     pid: int
+    name: str = ""
 
     def processes(self) -> set[int]:
         """The whole tree's processes."""
@@ -138,9 +139,21 @@ def shmsock_server(workers: int) -> typing.Iterator[Server]:
             tempfile.TemporaryFile() as errors,
             _started(command, errors=errors, stdout=subprocess.PIPE) as process,
         ):
-            yield Server(_port_of_banner(process, errors), process.pid)
+            yield Server(_port_of_banner(process, errors), process.pid, name)
     finally:
         shmsock.clean(name)  # finds nothing, unless it had to be killed
+
+
+@contextlib.contextmanager
+def shmsock_follower(name: str) -> typing.Iterator[Server]:
+    """``shmsock serve`` that takes over a runtime whose supervisor has died."""
+    command = [sys.executable, "-m", "workers.cli", "serve", "--name", name, "--workers", "2"]
+    command += ["--bind", "127.0.0.1:0", "--log-level", "warning", "--graceful-timeout", "2"]
+    with (
+        tempfile.TemporaryFile() as errors,
+        _started(command, errors=errors, stdout=subprocess.PIPE) as process,
+    ):
+        yield Server(_port_of_banner(process, errors), process.pid, name)
 
 
 def _port_of_banner(process: subprocess.Popen[bytes], errors: typing.IO[bytes]) -> int:

@@ -140,9 +140,10 @@ class Dispatcher:
 
     def _forget(self, fd: int) -> None:
         """Take a number out of the set; called before it is closed."""
-        if self._by_fd.pop(fd, None) is not None:
+        if fd in self._by_fd:
             with contextlib.suppress(OSError, ValueError):
                 self._epoll.unregister(fd)
+            self._by_fd.pop(fd, None)  # ORDER: last, or an exception would leave it in the set
 
     def consumers(self) -> list[int]:
         """The ids that are watched."""

@@ -399,16 +399,20 @@ class Runtime(View):
             peer=peer_of(sock).encode("utf-8", "replace")[:PEER_BYTES],
             user_data=bytes(user_data),
         )
-        sid = self._engine.create(new)
-        held = _descriptors.wrap(sock.detach())
         try:
+            sid = self._engine.create(new)
+            held = _descriptors.wrap(sock.detach())
             if word == self._engine.word or self._store is None:
                 self._descriptors.keep(sid, held)
                 self._descriptors.put(sid)
             else:
                 self._store.keep(sid, held)
+        except (TableFullError, StripeTimeoutError):
+            raise  # nothing was made
         except BaseException:  # nobody else has the id: nobody else would ever end it
-            self._io.set_failed(sid, errno.EMFILE, "it could not be created")
+            cells = self._segment.cells
+            if new.slot >= 0 and cells.created_ns[new.slot] == new.created_ns:
+                self._io.set_failed(new.sid, errno.EMFILE, "it could not be created")
             raise
         return sid
 

@@ -437,7 +437,8 @@ class Semaphores:
         """Nothing is opened yet."""
         self.name = name
         self._handles: list[dict[int, posix_ipc.Semaphore]] = [{} for _ in range(stripes)]
-        self._spare_fd, self._spare_inode = _open_spare()
+        # A list: two threads that renew at once keep two, and lose none.
+        self._spares = [_open_spare()]
 
     def path(self, stripe: int, generation: int) -> str:
         """The POSIX name."""
@@ -459,7 +460,7 @@ class Semaphores:
         except posix_ipc.ExistentialError:
             return None
         except OSError as error:  # EMFILE or ENFILE: posix_ipc gives them a text and no errno
-            if self._spare_fd < 0:
+            if not self._spares:
                 raise OSError(
                     error.errno or errno.EMFILE, f"a stripe's semaphore: {error}"
                 ) from None
@@ -474,17 +475,19 @@ class Semaphores:
             self.renew_spare()
 
     def _burn_spare(self) -> None:
-        fd, self._spare_fd = self._spare_fd, -1
-        # Foreign code may have closed and reused the number.
-        with contextlib.suppress(OSError):
-            if fd >= 0 and os.fstat(fd).st_ino == self._spare_inode:
-                os.close(fd)
+        with contextlib.suppress(IndexError):
+            while True:
+                fd, inode = self._spares.pop()
+                # Foreign code may have closed and reused the number.
+                with contextlib.suppress(OSError):
+                    if os.fstat(fd).st_ino == inode:
+                        os.close(fd)
 
     def renew_spare(self) -> None:
         """Hold a descriptor to burn, if there is one to be had."""
-        if self._spare_fd < 0:
+        if not self._spares:
             with contextlib.suppress(OSError):
-                self._spare_fd, self._spare_inode = _open_spare()
+                self._spares.append(_open_spare())
 
     def make(self, stripe: int, generation: int, value: int = 0) -> posix_ipc.Semaphore | None:
         """Open the semaphore of a generation not yet in use, making it if it does not exist.

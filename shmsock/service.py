@@ -232,12 +232,25 @@ class Service:
 
     def watch(self, fd: int, events: int, handler: Handler) -> None:
         """Call ``handler(events)`` in the loop; again with other events changes them."""
+        # ORDER: known before it is in the set, and forgotten after it is out of it: an exception
+        # between the two leaves what the next call puts right.
         with self._watching:
-            if fd in self._handlers:
-                self.epoll.modify(fd, events)
-            else:
-                self.epoll.register(fd, events)
+            before = self._handlers.get(fd)
             self._handlers[fd] = handler
+            try:
+                try:
+                    if before is None:
+                        self.epoll.register(fd, events)
+                    else:
+                        self.epoll.modify(fd, events)
+                except FileExistsError:
+                    self.epoll.modify(fd, events)
+                except FileNotFoundError:
+                    self.epoll.register(fd, events)
+            except OSError:
+                if before is None:
+                    del self._handlers[fd]
+                raise
 
     def unwatch(self, fd: int) -> None:
         """Forget a descriptor; always before it is closed.
@@ -246,9 +259,10 @@ class Service:
         and can no longer be removed.
         """
         with self._watching:
-            if self._handlers.pop(fd, None) is not None:
+            if fd in self._handlers:
                 with contextlib.suppress(OSError, ValueError):
                     self.epoll.unregister(fd)
+                self._handlers.pop(fd, None)
 
     def call_soon(self, call: Call) -> None:
         """Make a call in the loop; from any thread, and from signal handlers."""

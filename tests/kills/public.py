@@ -203,9 +203,9 @@ class Theatre:
         self._trial("fetch", lambda operation: operation())
         self._descriptors = self._census()
 
-    @staticmethod
-    def _census() -> int:
-        return len(descriptors())
+    def _census(self) -> int:
+        """How many numbers are open; an idle connection to the host is kept, and has two ends."""
+        return len(descriptors()) - 2 * len(self.client._descriptors._idle_fetchers)
 
     def close(self) -> None:
         self.client.close()
