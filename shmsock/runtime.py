@@ -7,6 +7,7 @@ import collections
 import collections.abc
 import contextlib
 import errno
+import functools
 import logging
 import os
 import resource
@@ -75,6 +76,7 @@ log = logging.getLogger("shmsock")
 DEFAULT_MAX_UNWRITTEN_BYTES = 64 << 20
 _TICK_S = 1.0
 _POISONED = HEADER_INDEX["poisoned"]
+_GONE_S = 0.5e-3, 0.1  # how soon a process that hung up is looked at again, and how late
 _LISTENER = KIND_NAMES.index("listener")
 _FREE_FILES = 64  # what a process needs besides its sockets
 
@@ -99,6 +101,8 @@ class Runtime(View):
         inert.
     """
 
+    _pid = 0  # of the process that joined
+
     def __init__(self, name: str, segment: Segment, lock_file: LockFile, role: str) -> None:
         """Use ``create`` or ``attach``."""
         self.name = name
@@ -108,15 +112,17 @@ class Runtime(View):
         self._role = role
         self._lock_file = lock_file
         self._store: Store | None = None
-        self._pid = os.getpid()
+        pid = os.getpid()
         self._join()
+        self._pid = pid  # at once: from here on ``close`` gives back what ``_join`` took
         _runtimes.add(self)
 
     def _join(self) -> None:
         """Take a row and build this process's side; again in a forked child."""
         segment = self._segment
         segment.check()
-        with contextlib.ExitStack() as undo:
+        undo = contextlib.ExitStack()
+        try:
             # What needs descriptors comes before the row: nobody would give that back at EMFILE.
             self._semaphores = Semaphores(self.name, segment.layout.stripes)
             undo.callback(self._semaphores.close)
@@ -134,7 +140,11 @@ class Runtime(View):
             undo.callback(self._processes.withdraw)
             self.index, epoch = self._processes.register(self._role)
             self._build(epoch)
-            undo.pop_all()  # last: an exception up to here leaves nothing
+        except BaseException:
+            # WHY NOT with: an exception while the stack is told that all went well would undo
+            # nothing.
+            undo.close()
+            raise
 
     def _build(self, epoch: int) -> None:
         """All that stands on the row; nothing here is seen by others."""
@@ -241,7 +251,7 @@ class Runtime(View):
                 index < self._segment.layout.processes
                 and self._segment.cells.row_state[index] == epoch << 8 | LIVE
             ),
-            self._look,
+            self._peer_gone,
         )
         self._store.on_refused = self._refused
         self._store.on_offer = self._hand_over.route
@@ -264,27 +274,32 @@ class Runtime(View):
         if role not in ROLES:
             raise ValueError(f"role must be one of {', '.join(ROLES)}")
         for _ in range(50):
+            # WHY NOT cls(...): an exception after it and before we have its result would leave a
+            # row of this process that nobody gives back.
+            runtime = cls.__new__(cls)
             try:
                 segment = Segment.attach(name)
                 try:
-                    runtime = cls(name, segment, LockFile.open(name, create=False), role)
+                    runtime._begin(segment, role)
                 except TableFullError:
                     # Perhaps of the dead, and nobody is left to reap them.
                     _reap_from_outside(segment)
-                    runtime = cls(name, segment, LockFile.open(name, create=False), role)
+                    runtime._begin(segment, role)
+                _adopt_current(runtime)
+                with _repaired_later(name):
+                    runtime._look()
+                return runtime
             except InTransitionError as error:
                 failure = error
-            else:
-                try:
-                    _adopt_current(runtime)
-                    with _repaired_later(name):
-                        runtime._look()
-                except BaseException:
-                    runtime.close()
-                    raise
-                return runtime
+            except BaseException:
+                runtime.close()
+                raise
             time.sleep(0.02)
         raise failure
+
+    def _begin(self, segment: Segment, role: str) -> None:
+        lock_file = LockFile.open(segment.name, create=False)
+        self.__init__(segment.name, segment, lock_file, role)  # type: ignore[misc]
 
     @classmethod
     def take_over(cls, name: str, *, role: str = "supervisor") -> Runtime:
@@ -643,6 +658,20 @@ class Runtime(View):
         """
         if self._is_current() and not self._segment.header[_POISONED]:
             self._recovery.look(stripe)
+
+    def _peer_gone(self, index: int, epoch: int, delay_s: float = _GONE_S[0]) -> None:
+        """In the host: a process hung up. The dead are reaped as soon as the kernel says so.
+
+        Its byte is let go *after* its sockets are closed, both while it dies: who looks once, and
+        at once, finds it alive. One that lives has only closed a connection.
+        """
+        if self._closed or self._segment.cells.row_state[index] != epoch << 8 | LIVE:
+            return
+        if not self._processes.is_alive(index):
+            self._look()
+        if delay_s <= _GONE_S[1]:  # also where another process is at the repair
+            again = functools.partial(self._peer_gone, index, epoch, 2 * delay_s)
+            self._service.call_later(delay_s, again)
 
     def _repair_stripe(self, stripe: int) -> None:
         self._look(stripe)

@@ -48,7 +48,7 @@ class Store:
         segment: Segment,
         service: Service,
         is_participant: collections.abc.Callable[[int, int], bool],
-        on_hang_up: collections.abc.Callable[[], None],
+        on_hang_up: collections.abc.Callable[[int, int], None],
     ) -> None:
         """Listen at a path with a random part, and publish it in the segment."""
         self._segment = segment
@@ -196,7 +196,7 @@ class Store:
         self._close_listener()
         with contextlib.suppress(OSError):
             os.unlink(self.address)
-        self._on_hang_up = lambda: None
+        self._on_hang_up = lambda index, epoch: None
         for link in list(self._peers):
             link.close()
         self.forget()
@@ -272,7 +272,8 @@ class Store:
         self._peers.discard(link)
         if self._workers.get(link.index) is link:
             del self._workers[link.index]
-            self._on_hang_up()
+        if link.index >= 0:
+            self._on_hang_up(link.index, link.epoch)
         for sid, waiting in list(self._parked.items()):
             if link in waiting:
                 waiting.remove(link)

@@ -148,12 +148,12 @@ class Writers:
                 self._enqueue(reference, rest, turn=True, partial=sent > 0)
                 return
             self._count(sid, sent, 1)
+            self._give_turn(sid)
         except (OverCrowdedError, SocketFailedError, StripeTimeoutError):
             raise  # no message is under way
         except BaseException:
             self._interrupted(sid)
             raise
-        self._give_turn(sid)
 
     def _give_turn(self, sid: int) -> None:
         """The message is out: whatever keeps the turn from being given is no error of its writer.
@@ -184,6 +184,9 @@ class Writers:
             self._cells.writer[sid & SLOT_MASK] == self._engine.word
         ):
             self._fail(sid, errno.EPIPE, "a writer was interrupted in mid-message")
+        if queue is not None:  # it may not have come to that
+            self._retry_later(sid, queue)
+            self._service.ensure()
 
     def _check(self, reference: Reference) -> None:
         self._engine.segment.check()
@@ -311,15 +314,16 @@ class Writers:
             True when nothing waits any more; False when something does; None when another thread
             is at it.
         """
-        with self._lock:
-            queue = self._queues.get(sid)
-            if queue is None:
-                return True
-            if queue.pumping:
-                return None
-            queue.pumping = True
-        done = False
+        done = mine = False
+        queue = None
         try:
+            with self._lock:
+                queue = self._queues.get(sid)
+                if queue is None:
+                    return True
+                if queue.pumping:
+                    return None
+                queue.pumping = mine = True
             done = self._pump(sid, queue)
         except (SocketFailedError, ClosedError, PoisonedError):
             self._give_up(sid)
@@ -330,13 +334,15 @@ class Writers:
             log.warning("what waits for a socket is tried again: %s", error)
         except BaseException:
             # How much of it was sent is not known any more. Without the turn, nothing was.
-            queue.turn = False
-            self._interrupted(sid)
+            if mine and queue is not None:
+                queue.turn = False
+                self._interrupted(sid)
             raise
         finally:
-            queue.pumping = False
-            if not done and not queue.partial:
-                self._retry_later(sid, queue)
+            if mine and queue is not None:
+                queue.pumping = False
+                if not done and not queue.partial:
+                    self._retry_later(sid, queue)
         return done
 
     def _pump(self, sid: int, queue: Queue) -> bool:
