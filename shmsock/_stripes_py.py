@@ -55,6 +55,7 @@ class Stripes:
         """For the process that registered row ``index`` at ``epoch``."""
         self.segment = segment
         self.cells = segment.cells
+        self._header = segment.header
         self.semaphores = semaphores
         self.index = index
         self.word = epoch << 16 | index
@@ -138,19 +139,25 @@ class Stripes:
     def _attempt(self, stripe: int, body: Body, slot: int, argument: typing.Any) -> int:
         """Try once to take the stripe and run ``body``; the local lock is held."""
         cells = self.cells
-        claims = cells.claims
+        if (
+            self.closed
+            or self.foreign
+            or self._header[_POISONED]
+            or cells.row_state[self.index] != self._row_word
+        ):
+            self._check_participation()
+        claims, control = cells.claims, cells.ctl
         mine = self._claims_at + stripe
-        self._check_participation()
         if claims[mine]:
             # An exception left it. WANT is never stored over it: that would hide the break.
             self._admit(stripe)
             return CONTENDED
-        generation = cells.ctl[stripe] >> 2
-        semaphore = self.semaphores.get(stripe, generation)
+        before = control[stripe] & ~3
+        semaphore = self.semaphores.get(stripe, before >> 2)
         if semaphore is None:  # retired between the two lines
             return CONTENDED
         try:
-            claims[mine] = generation << 2 | WANT
+            claims[mine] = before | WANT
             try:
                 semaphore.acquire(0)
             except posix_ipc.BusyError:
@@ -158,8 +165,8 @@ class Stripes:
                 return CONTENDED
             # ORDER: OWN before the generation; pairs with the barrier in recovery.retire, which
             # makes this store visible to whoever stored the next generation before us reading it.
-            claims[mine] = generation << 2 | OWN
-            if cells.ctl[stripe] >> 2 != generation:
+            claims[mine] = before | OWN
+            if control[stripe] & ~3 != before:
                 claims[mine] = 0  # retired meanwhile: the token is worthless, never post it
                 return CONTENDED
             if cells.row_state[self.index] != self.row_word:
@@ -175,11 +182,11 @@ class Stripes:
             semaphore.release()
             claims[mine] = 0
         except BaseException:
-            self._break(mine, generation, body, slot)
+            self._break(mine, before, body, slot)
             raise
         return result
 
-    def _break(self, mine: int, generation: int, body: Body, slot: int) -> None:
+    def _break(self, mine: int, before: int, body: Body, slot: int) -> None:
         """After an exception between WANT and give: say so in one store; recount does the rest.
 
         ORDER: held and count first. A second exception here leaves WANT or OWN, which the next
@@ -190,7 +197,7 @@ class Stripes:
         if self._counts(body):
             self.cells.held[slot * self._processes + self.index] = 0
             self._holds.pop(slot, None)
-        self.cells.claims[mine] = generation << 2 | BROKEN
+        self.cells.claims[mine] = before | BROKEN
 
     def _check_participation(self) -> int:
         if self.segment.header[_POISONED]:

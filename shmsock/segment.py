@@ -446,11 +446,12 @@ class Semaphores:
 
     def get(self, stripe: int, generation: int) -> posix_ipc.Semaphore | None:
         """The semaphore, opened once; None when its name is gone, so it has been retired."""
-        handle = self._handles[stripe].get(generation)
-        if handle is None:
+        try:
+            return self._handles[stripe][generation]
+        except KeyError:
             handle = self._open(stripe, generation)
-            if handle is not None:
-                self._handles[stripe][generation] = handle
+        if handle is not None:
+            self._handles[stripe][generation] = handle
         return handle
 
     def _open(self, stripe: int, generation: int) -> posix_ipc.Semaphore | None:
