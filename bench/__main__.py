@@ -23,7 +23,8 @@ from .measure import Bench, BrokenError, Plan, UnavailableError
 OK, FAILED, USAGE = 0, 1, 2
 FORMAT = 1  # of the JSON
 BENCHES: dict[str, Bench] = {
-    bench.name: bench for bench in (*references.BENCHES, *push.BENCHES, *requests.BENCHES, *deaths.BENCHES)
+    bench.name: bench
+    for bench in (*references.BENCHES, *push.BENCHES, *requests.BENCHES, *deaths.BENCHES)
 }
 _QUICK = Plan(seconds=0.1, rounds=2)
 _BY_DATE = ""

@@ -118,7 +118,6 @@ class Actor:
                 raise RuntimeError("the receiver has gone")
         return took
 
-
     # -- who dies ---------------------------------------------------------------------------
 
     def host(self, name: str, count: int) -> list[int]:

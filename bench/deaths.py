@@ -16,6 +16,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import typing
 
@@ -41,7 +42,8 @@ def _rounds(plan: Plan, peer: str, kill: Kill) -> Samples:
     """Median and worst of each round's kills."""
     taken: Samples = {figure: {OURS: [], peer: []} for figure in ("median", "worst")}
     for _ in range(plan.rounds):
-        ours, theirs = [], []
+        ours: list[float] = []
+        theirs: list[float] = []
         until = time.monotonic() + plan.slice_s
         while len(ours) < _LEAST or time.monotonic() < until:
             pair = kill()
@@ -74,15 +76,21 @@ class _Death:
     def __init__(self, pid: int) -> None:
         self._pidfd = os.pidfd_open(pid)
         self.reported_s = 0.0
+        self._watch = threading.Thread(target=self._wait)
         self.began = time.monotonic()
         signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        self._watch.start()
 
-    def look(self) -> bool:
-        if not self.reported_s and select.select([self._pidfd], [], [], 0)[0]:
-            self.reported_s = time.monotonic() - self.began
-        return bool(self.reported_s)
+    def _wait(self) -> None:
+        select.select([self._pidfd], [], [], _WATCHDOG_S)
+        self.reported_s = time.monotonic() - self.began
+
+    def wait(self) -> None:
+        """Until the kernel has reported it."""
+        self._watch.join()
 
     def close(self) -> None:
+        self.wait()
         os.close(self._pidfd)
 
 
@@ -121,7 +129,6 @@ def _held(plan: Plan, *, host: bool) -> Samples:
 
             def is_over() -> bool:
                 nonlocal done_s
-                death.look()
                 if not done_s and not holds(index):
                     done_s = time.monotonic() - death.began
                 return bool(done_s and death.reported_s)
@@ -185,7 +192,9 @@ def _rehomed(plan: Plan) -> list[Measure]:
 
         def workers() -> dict[int, int]:
             return {
-                row.index: row.pid for row in runtime.processes() if row.role == "worker" and row.alive
+                row.index: row.pid
+                for row in runtime.processes()
+                if row.role == "worker" and row.alive
             }
 
         def is_quiet() -> bool:
@@ -209,7 +218,7 @@ def _rehomed(plan: Plan) -> list[Measure]:
                 if int(row["owner"]) == index and bytes(row["peer"]).decode() in by_peer
             ]
             death = _Death(workers()[index])
-            _await(death.look, "the kernel reports the death")
+            death.wait()
             for client in theirs:
                 client.sendall(b"PING\r\n")
             for client in theirs:
@@ -238,7 +247,7 @@ def _adopted(plan: Plan) -> list[Measure]:
         def kill() -> tuple[float, float]:
             nonlocal supervisor
             death = _Death(supervisor)
-            _await(death.look, "the kernel reports the death")
+            death.wait()
             with contextlib.suppress(ChildProcessError):
                 os.waitid(os.P_PID, supervisor, os.WEXITED | os.WNOWAIT)
             follower = stack.enter_context(programs.shmsock_follower(name))

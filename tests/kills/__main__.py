@@ -13,7 +13,12 @@ import time
 from . import deaths, instructions, interrupts, public
 from .stage import Plan, Stage, Tally
 
-KINDS = {"deaths": deaths.run, "instructions": instructions.run, "interrupts": interrupts.run, "public": public.run}
+KINDS = {
+    "deaths": deaths.run,
+    "instructions": instructions.run,
+    "interrupts": interrupts.run,
+    "public": public.run,
+}
 _COLUMNS = (
     "kind", "positions", "recovered", "tokens_lost", "ownerless", "retired", "recounted",
     "reaped", "adrift", "seconds",
@@ -38,7 +43,10 @@ def main(arguments: collections.abc.Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     plan = Plan(options.stride, options.seed)
     module = importlib.import_module("shmsock._engine" + ("_py" if options.engine == "py" else ""))
-    print(f"engine {module.NAME}, Python {sys.version.split()[0]}, stride {plan.stride}, seed {plan.seed}")
+    print(
+        f"engine {module.NAME}, Python {sys.version.split()[0]}, "
+        f"stride {plan.stride}, seed {plan.seed}"
+    )
     tallies: list[Tally] = []
     print(_line(_COLUMNS), flush=True)
     with Stage(module) as stage:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import collections.abc
 
-from ..helpers import Member
 from .stage import (
     DYING,
     Plan,
+    Prepare,
     Stage,
     Tally,
     assert_tokens,
@@ -122,7 +122,7 @@ def _victim_and_repairers(
     tally: Tally,
     what: str,
     at: int,
-    repairers: list[tuple[collections.abc.Callable[[Member, int], object], int]],
+    repairers: collections.abc.Sequence[tuple[Prepare, int]],
 ) -> bool:
     """Kill, and kill each repairer in turn; returns whether the last one was killed too."""
     killed = True
@@ -132,7 +132,7 @@ def _victim_and_repairers(
         killed_at(stage.table, DYING[what], scene.sid, at)
         stage.count_lost(tally)
         for prepare, position in repairers:
-            killed = not killed_at(stage.table, prepare, scene.sid, position)  # type: ignore[arg-type]
+            killed = not killed_at(stage.table, prepare, scene.sid, position)
         stage.table.recovery.look()
         scene.check(what)
     return killed

@@ -17,7 +17,8 @@ import signal
 from shmsock.layout import OWN, WANT
 
 from ..helpers import Forked, Member
-from .stage import DYING, Operation, Plan, Prepare, Stage, Tally, impatient
+from ..test_recovery import Operation
+from .stage import DYING, Plan, Prepare, Stage, Tally, impatient
 
 _TRACEME, _SINGLESTEP, _DETACH = 0, 9, 17
 _ACQUIRE_EVERY, _RANDOM_A_KIND = 12, 6

@@ -217,6 +217,8 @@ def _reap_oneself(member: Member) -> None:
 
 
 Trial = collections.abc.Callable[..., None]
+
+
 def drop(member: Member, sid: int) -> Operation:
     """The last one to let go does so in a finaliser, which cannot pass on what it is raised."""
     kept.append(member.engine.address(sid))

@@ -20,8 +20,9 @@ import shmsock
 from shmsock.layout import SLOT_MASK
 
 from ..helpers import connected, descriptors, wait_until
-from .interrupts import GAPS, KINDS, assert_unlocked, bytecodes_of, interrupt
-from .stage import Operation, Plan, Stage, Tally
+from .interrupts import assert_unlocked, bytecodes_of, interrupt
+from ..test_recovery import Operation
+from .stage import Plan, Stage, Tally
 from .tracing import PUBLIC
 
 MESSAGE = b"<" + b"0123456789abcdef" * 64 + b">"
@@ -204,15 +205,26 @@ class Theatre:
         self._descriptors = self._census()
 
     def _census(self) -> int:
-        """How many numbers are open; an idle connection to the host is kept, and has two ends."""
-        return len(descriptors()) - 2 * len(self.client._descriptors._idle_fetchers)
+        """How many numbers are open, without what is kept for later, of which there may be more.
+
+        An idle connection to the host has two ends.
+        """
+        kept = 2 * len(self.client._descriptors._idle_fetchers)
+        for runtime in (self.host, self.client):
+            kept += len(runtime._semaphores._spare_fds)
+        return len(descriptors()) - kept
 
     def close(self) -> None:
         self.client.close()
         self.host.close()
         self.host.unlink()
 
-    def trial(self, what: str, kind: str, at: int, gap: int) -> None:
+    def bytecodes_of(self, what: str) -> int:
+        counts: list[int] = []
+        self._trial(what, lambda operation: counts.append(bytecodes_of(operation, PUBLIC)))
+        return counts[0]
+
+    def trial(self, what: str, kind: str, at: int) -> None:
         """One position."""
         self._where = ""
 
@@ -224,7 +236,7 @@ class Theatre:
                     self._where = str(traceback.extract_tb(error.__traceback__)[-1])
                     raise
 
-            interrupt(watched, kind, at, gap, PUBLIC)
+            interrupt(watched, kind, at, 0, PUBLIC)
 
         self._trial(what, interrupted, lambda: "/shmsock/" not in self._where)
         gc.collect(0)
@@ -243,7 +255,7 @@ class Theatre:
     def _trial(
         self,
         what: str,
-        run: collections.abc.Callable[[Operation], None],
+        run: collections.abc.Callable[[Operation], object],
         is_outside: collections.abc.Callable[[], bool] = lambda: False,
     ) -> None:
         ours, peer = connected("unix", 4096)
@@ -306,37 +318,33 @@ class Theatre:
 
 
 def run(stage: Stage, plan: Plan) -> collections.abc.Iterator[Tally]:
-    """Both kinds of exception, and two of them."""
+    """Both kinds of exception, one at a time."""
     theatre = Theatre()
     try:
-        for label, kind in KINDS.items():
-            tally = Tally(f"public, {label}", must=())
-            gaps = GAPS if "twice" in label else (0,)
+        for kind in ("signal", "async"):
+            tally = Tally(f"public, {kind}", must=())
             with tally.timed():
                 for what in OPERATIONS:
-                    count = 0
-
-                    def counted(operation: Operation) -> None:
-                        nonlocal count
-                        count = bytecodes_of(operation, PUBLIC)
-
-                    theatre._trial(what, counted)
-                    stride = plan.stride * (3 if len(gaps) > 1 else 1)
-                    for number, at in enumerate(plan.positions(count, f"{label} {what}", stride)):
-                        gap = gaps[(number * 7) % len(gaps)]
-                        tally.positions += 1
-                        try:
-                            theatre.trial(what, kind, at, gap)
-                        except Exception:
-                            where = f"{tally.kind}, {what} at {at} of {count} gap {gap}"
-                            tally.failures.append(f"{where}:\n{traceback.format_exc()}")
+                    count = theatre.bytecodes_of(what)
+                    for at in plan.positions(count, f"{tally.kind} {what}"):
+                        if not _one(tally, theatre, what, kind, at):
                             tally.adrift += theatre.adrift
                             theatre.close()
                             theatre = Theatre()
-                        else:
-                            tally.recovered += 1
             tally.adrift += theatre.adrift
             theatre.adrift = 0
             yield tally
     finally:
         theatre.close()
+
+
+def _one(tally: Tally, theatre: Theatre, what: str, kind: str, at: int) -> bool:
+    """One position; returns whether the theatre can go on."""
+    tally.positions += 1
+    try:
+        theatre.trial(what, kind, at)
+    except Exception:
+        tally.failures.append(f"{tally.kind}, {what} at {at}:\n{traceback.format_exc()}")
+        return False
+    tally.recovered += 1
+    return True

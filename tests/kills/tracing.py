@@ -25,7 +25,13 @@ import shmsock
 _PACKAGE = os.path.dirname(os.path.abspath(shmsock.__file__))
 
 # What counts as protocol code: a file, or what a file defines under a name.
-PROTOCOL = ("_stripes_py.py", "_engine_py.py", "recovery.py", "processes.py", "segment.py:Semaphores")
+PROTOCOL = (
+    "_stripes_py.py",
+    "_engine_py.py",
+    "recovery.py",
+    "processes.py",
+    "segment.py:Semaphores",
+)
 # What an application's call runs through besides.
 PUBLIC = (
     *PROTOCOL,
@@ -84,9 +90,7 @@ class Tracer:
     def __enter__(self) -> Tracer:
         if _MONITORING is not None:
             _MONITORING.use_tool_id(_TOOL, "kills")
-            _MONITORING.register_callback(
-                _TOOL, _MONITORING.events.INSTRUCTION, self._instruction
-            )
+            _MONITORING.register_callback(_TOOL, _MONITORING.events.INSTRUCTION, self._instruction)
         self._on()
         return self
 
