@@ -318,3 +318,24 @@ def test_hosts_killed_in_turn_lose_nothing(name: str) -> None:
             owner.run("rt.close()")
             host.run("rt.close(); rt.unlink()")
             host.close()
+
+
+def test_a_host_gives_back_what_a_dead_process_held_without_waiting_for_its_timer(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dying process's channel hangs up before its proof of life goes: looking once is too early.
+
+    Nobody else would do it: the timer does not come.
+    """
+    monkeypatch.setattr("shmsock.runtime._TICK_S", 3600.0)
+    with Runtime.create(name, slots=64, processes=8, stripes=2) as runtime:
+        ours, theirs = socket.socketpair()
+        sid = runtime.create_socket(ours)
+        with theirs:
+            for _ in range(5):
+                with Peer(name) as peer:
+                    peer.run(f"ref = rt.address({sid}); ref.fileno()")
+                    assert len(runtime.attached(sid)) == 1
+                    peer.kill()
+                    wait_until(lambda: not runtime.attached(sid), "its hold is given back")
+            wait_until(lambda: len(runtime.processes()) == 1, "its row is given back")

@@ -53,6 +53,7 @@ COLLECT_FOR_S = 3.0  # how long a new supervisor waits for the workers to come b
 COLLECT_AT_MOST_S = 30.0  # and for who has the address it is to listen at
 COLLECT_EVERY_S = 0.02
 LOST_AFTER_S = 5.0  # an orphan whose descriptor nobody has given us by then has none any more
+REPAIR_AGAIN_S = 0.002, 0.3  # how soon and how late a repair that another had is looked at again
 GIVE_UP_AFTER = 5  # deaths in a row before anything was ready
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -444,16 +445,10 @@ class Supervisor:
         self.children.remove(child)
         why = child.reap()
         self._counted_s = 0.0
-        try:
-            self.runtime.repair()
-        except PoisonedError:
-            raise  # starts over, this worker included
-        except (OSError, ShmsockError):
-            log.exception("what a worker held is given back later")
+        self._repair_after(child)
         if self.draining:
             self._stop_if_alone()
             return
-        self.rehome()
         if self.rolling.left(child, why):
             self.dispatcher.call_later(0, self._respawn)  # if others died as well
             self.rolling.step()
@@ -479,6 +474,20 @@ class Supervisor:
         if not self._ready():
             self._stop_accepting()  # the backlog holds them until a worker is there
         self.dispatcher.call_later(0 if healthy else self._back_off_s, self._respawn)
+
+    def _repair_after(self, child: Child, delay_s: float = REPAIR_AGAIN_S[0]) -> None:
+        """Give back what a dead worker held, and rehome; again soon if another is at the repair."""
+        try:
+            self.runtime.repair()
+        except PoisonedError:
+            raise  # starts over, this worker included
+        except (OSError, ShmsockError):
+            log.exception("what a worker held is given back later")
+        self.rehome()
+        rows = self.runtime.processes()
+        if delay_s <= REPAIR_AGAIN_S[1] and any(row.pid == child.pid for row in rows):
+            again = functools.partial(self._repair_after, child, 2 * delay_s)
+            self.dispatcher.call_later(delay_s, again)
 
     def _respawn(self) -> None:
         if self.draining or len(self.children) >= self._wanted():
