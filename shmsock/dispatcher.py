@@ -71,14 +71,17 @@ class Dispatcher:
         self._arrived: collections.abc.Callable[[list[int]], object] | None = None
         self._stopping = False
         self._lost = False
+        self._wake_fd = -1
+        self._epoll = select.epoll()
         # ORDER: whole before it is known: the service thread looks at the runtime's dispatcher.
-        self._service = runtime._adopt_dispatcher(self)
         try:
-            self._epoll = select.epoll()
             self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             self._epoll.register(self._wake_fd, select.EPOLLIN)
+            self._service = runtime._adopt_dispatcher(self)
         except BaseException:
-            runtime._adopt_dispatcher(None)
+            if runtime._dispatcher is self:
+                runtime._adopt_dispatcher(None)
+            self._close_numbers()
             raise
 
     def fileno(self) -> int:

@@ -34,6 +34,19 @@ _MEASURES = {
         for pipeline in (1, 16)
         for figure in ("rate", "server CPU per request")
     },
+    "take": {"take + give of a stripe"},
+    "holds": {
+        f"death to last hold returned, {host} a host, {figure}"
+        for host in ("with", "without")
+        for figure in ("median", "worst")
+    },
+    "rehome": {
+        f"worker's death to each idle client answered by another, {figure}"
+        for figure in ("median", "worst")
+    },
+    "adopt": {
+        f"supervisor's death to adopted by the next, {figure}" for figure in ("median", "worst")
+    },
 }
 _REFERENCE_PEERS = {
     "no-op C method",
@@ -52,6 +65,10 @@ _PEERS = {
         "Redis pub/sub, forwarded to the client",
     },
     "requests": {"redis-server"},
+    "take": {"posix_ipc acquire(), release()", "posix_ipc acquire(0), release()"},
+    "holds": {"the kernel reports the death"},
+    "rehome": {"the kernel reports the death"},
+    "adopt": {"an interpreter starts"},
 }
 _ENVIRONMENT = {"cpu", "cores", "kernel", "python", "packages", "engine", "commit", "redis_server"}
 

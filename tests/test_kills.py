@@ -102,7 +102,7 @@ def test_an_interrupted_call_leaks_nothing_and_tears_no_message(
 def test_a_kill_that_is_not_repaired_is_noticed(stage: Stage) -> None:
     """If nobody repairs, the run fails: it would fail if recovery were a stub."""
     tally = Tally("victim")
-    deaths.victims(stage, Plan(7, 1), ["set_failed"], lambda _: None, tally)
+    deaths.victims(stage, Plan(29, 1), ["set_failed"], lambda _: None, tally)
     assert tally.failures
     assert tally.recovered < tally.positions
     assert not tally.reaped
