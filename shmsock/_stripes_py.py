@@ -143,7 +143,7 @@ class Stripes:
             self.closed
             or self.foreign
             or self._header[_POISONED]
-            or cells.row_state[self.index] != self._row_word
+            or cells.row_state[self.index] != self.row_word
         ):
             self._check_participation()
         claims, control = cells.claims, cells.ctl

@@ -18,10 +18,11 @@ import typing
 
 import shmsock
 from shmsock.layout import SLOT_MASK
+from shmsock.processes import ARBITER, REGISTRATION
 
 from ..helpers import connected, descriptors, wait_until
 from ..test_recovery import Operation
-from .interrupts import assert_unlocked, bytecodes_of, interrupt
+from .interrupts import Right, assert_unlocked, bytecodes_of, interrupt
 from .stage import Plan, Stage, Tally
 from .tracing import PUBLIC
 
@@ -185,8 +186,8 @@ def locks_of(*runtimes: shmsock.Runtime) -> dict[str, typing.Any]:
         link = runtime._descriptors._link
         if link is not None:
             found[f"{number} link._lock"] = link._lock
-        for byte, lock in runtime._lock_file._exclusive.items():
-            found[f"{number} lock_file byte {byte}"] = lock
+        for byte in (ARBITER, REGISTRATION):
+            found[f"{number} lock_file byte {byte}"] = Right(runtime._lock_file, byte)
     return found
 
 
@@ -213,7 +214,7 @@ class Theatre:
         """
         kept = 2 * len(self.client._descriptors._idle_fetchers)
         for runtime in (self.host, self.client):
-            kept += len(runtime._semaphores._spare_fds)
+            kept += len(runtime._semaphores._spares)
         return len(descriptors()) - kept
 
     def close(self) -> None:
