@@ -47,6 +47,7 @@ Array = np.ndarray[typing.Any, typing.Any]
 LOOKS = 10
 _BETWEEN_LOOKS_S = 0.01
 _WAITING_LOOK_S = 0.05
+_FOREIGN_GENERATIONS = 1 << 32  # further ahead than any runtime's own can be
 # Words that nobody stores again once the segment is made.
 _CONSTANT = set(HEADER_WORDS) - {"poisoned", "address_length", "init_done"}
 
@@ -369,13 +370,20 @@ class Audit:
         return True
 
     def _newest_generations(self) -> dict[int, int]:
-        """By stripe, the latest generation that has a name."""
+        """By stripe, the latest generation of ours that has a name.
+
+        What an earlier runtime of the name left is far away: generations start at random.
+        """
         pattern = re.compile(rf"sem\.shmsock\.{re.escape(self._segment.name)}\.(\d+)\.(\d+)")
         newest: dict[int, int] = {}
         for entry in os.listdir(SHM_DIRECTORY):
             match = pattern.fullmatch(entry)
             if match:
                 stripe, generation = int(match[1]), int(match[2])
+                if stripe >= self._layout.stripes:
+                    continue
+                if generation - (self._segment.cells.ctl[stripe] >> 2) > _FOREIGN_GENERATIONS:
+                    continue
                 newest[stripe] = max(newest.get(stripe, 0), generation)
         return newest
 

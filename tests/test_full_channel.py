@@ -252,7 +252,7 @@ def test_a_worker_that_did_not_read_for_its_time_is_hung_up_on_and_comes_back(
                 wait_until(lambda: link.closed, "it is hung up on")
                 store = runtime._store
                 assert store is not None
-                assert not store.is_connected(index)
+                wait_until(lambda: not store.is_connected(index))
             assert ask(client, b"back again") == b"back again"
             stack.callback(runtime.set_failed, sid)
 

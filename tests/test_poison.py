@@ -72,17 +72,17 @@ MENDABLE = {
     "broken claim": (f"cells.claims[1] = 1 << 2 | {BROKEN}", r"stripe 1 was broken by process 0"),
     "nonsense claim": ("cells.claims[1] = 99 << 2", r"process 0 claims stripe 1 with 0x18c"),
     "token lost": (
-        "Semaphores({name!r}, 8).get(3, 1).acquire(0)",
+        "Semaphores({name!r}, 8).get(3, {g}).acquire(0)",
         r"stripe 3 is stuck: its semaphore is taken",
     ),
-    "token doubled": ("Semaphores({name!r}, 8).get(3, 1).release()", r"stripe 3 is 2"),
+    "token doubled": ("Semaphores({name!r}, 8).get(3, {g}).release()", r"stripe 3 is 2"),
     "spare with a token": (
-        "Semaphores({name!r}, 8).get(3, 2).release()",
-        r"the spare semaphore 2 of stripe 3 is not 0",
+        "Semaphores({name!r}, 8).get(3, {g} + 1).release()",
+        r"the spare semaphore {spare} of stripe 3 is not 0",
     ),
     "semaphore's name gone": (
-        "Semaphores({name!r}, 8).unlink(3, 1)",
-        r"stripe 3 has no semaphore of its generation 1",
+        "Semaphores({name!r}, 8).unlink(3, {g})",
+        r"stripe 3 has no semaphore of its generation {g}",
     ),
 }
 
@@ -90,7 +90,7 @@ BEYOND = {
     "version 0": ("cells.versioned_ref[{f}] = 0", r"slot {f} has version 0, which cannot be"),
     "version too high": ("cells.versioned_ref[{s}] |= 1 << 63", r"slot {s} has version \d{{10}},"),
     "generation 0": (f"cells.ctl[2] = {OPEN}", r"stripe 2 has the word 0x0"),
-    "unknown phase": ("cells.ctl[2] |= 3", r"stripe 2 has the word 0x7"),
+    "unknown phase": ("cells.ctl[2] |= 3", r"stripe 2 has the word 0x.*, which cannot be"),
     "row state": ("cells.row_state[5] = 1 << 8 | 7", r"process row 5 has the word 0x107"),
     "row without epoch": (f"cells.row_state[5] = {LIVE}", r"process row 5 has the word 0x1,"),
     "header slots": (f"header[{HEADER_INDEX['slots']}] = 128", r"header word slots is 0x80"),
@@ -100,15 +100,19 @@ BEYOND = {
         r"the host's address is nonsense: '/dev/shm/'",
     ),
     "stripe set back": (
-        "import posix_ipc; posix_ipc.Semaphore('/shmsock.{name}.4.9', posix_ipc.O_CREX).close()",
-        r"stripe 4 is at generation 1 but was at 7 already",
+        "import posix_ipc; posix_ipc.Semaphore('/shmsock.{name}.4.{later}', posix_ipc.O_CREX).close()",
+        r"stripe 4 is at generation {g} but was at {was} already",
     ),
 }
 
 
 def planted(runtime: Runtime, sid: int, source: str, complaint: str) -> str:
     free = next(slot for slot in range(255, 0, -1) if not runtime._segment.cells.state[slot])
-    names = {"s": sid & SLOT, "f": free, "name": runtime.name}
+    first = runtime._segment.cells.ctl[3] >> 2  # of every stripe: nothing was retired yet
+    names = {
+        **{"s": sid & SLOT, "f": free, "name": runtime.name},
+        **{"g": first, "spare": first + 1, "later": first + 8, "was": first + 6},
+    }
     plant(runtime.name, source.format(**names))
     return complaint.format(**names)
 
@@ -155,7 +159,8 @@ def test_what_nobody_can_say_any_more_poisons(
     with pytest.raises(PoisonedError, match=complaint):
         runtime.address(sid)
     if damage == "stripe set back":
-        posix_ipc.unlink_semaphore(f"/shmsock.{runtime.name}.4.9")
+        later = (runtime._segment.cells.ctl[4] >> 2) + 8
+        posix_ipc.unlink_semaphore(f"/shmsock.{runtime.name}.4.{later}")
 
 
 # -- no false alarms ----------------------------------------------------------------------------

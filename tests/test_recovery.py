@@ -913,7 +913,10 @@ PLANTS: dict[str, tuple[collections.abc.Callable[[Member], None], str]] = {
     "owner-gone": (_set("owner", 0, 5 << 16 | 3), r"slot 0 is owned by process 3, which has left"),
     "owner-of-another-epoch": (_set("owner", 0, 9 << 16), r"slot 0 is owned by process 0"),
     "heir-gone": (_set("heir", 0, 5 << 16 | 2), r"slot 0 is to be inherited by process 2"),
-    "heir-of-a-free-slot": (_set("heir", 1, 9 << 16), r"slot 1 is to be inherited by process 0"),
+    "heir-of-a-free-slot": (
+        _set("heir", 1, 9 << 16),
+        r"slot 1 is FREE with owner 0x0, writer 0x0, heir 0x90000",
+    ),
     "writer-gone": (_set("writer", 0, 5 << 16 | 2), r"slot 0 is written by process 2"),
     "closed": (_set("ctl", 1, 1 << 2 | CLOSED), r"stripe 1 is being retired"),
     "opening": (_set("ctl", 1, 1 << 2 | OPENING), r"stripe 1 is being retired"),

@@ -109,7 +109,7 @@ def test_absent_runtime_is_named_with_what_to_do(name: str) -> None:
         ("layout", 99, "layout"),
         ("total_bytes", 1 << 20, "total_bytes"),
         ("slots", 0, "slots"),
-        ("slots", 10, "total_bytes"),
+        ("slots", 100, "total_bytes"),
         ("slots", 9, "slots"),
         ("slots", 1 << 60, "slots"),
         ("processes", 0, "processes"),
