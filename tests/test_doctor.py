@@ -75,8 +75,9 @@ def test_doctor_of_a_dead_runtime_only_looks_and_repair_mends_what_the_dead_left
         with Runtime.attach(name) as guest:
             with Forked(kill_inside, guest) as child:
                 assert os.WIFSIGNALED(child.wait())
-            # Not yet retired: its token was taken by who was killed.
-            assert guest._semaphores.get(3, guest._segment.cells.ctl[3] >> 2).value == 0
+            semaphore = guest._semaphores.get(3, guest._segment.cells.ctl[3] >> 2)
+            assert semaphore is not None
+            assert semaphore.value == 0  # not yet retired: who was killed has its token
             host.kill()
             guest._lock_file.drop(64 + guest.index)  # as if it had been killed, too
             guest._engine.closed = True

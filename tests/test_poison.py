@@ -100,7 +100,7 @@ BEYOND = {
         r"the host's address is nonsense: '/dev/shm/'",
     ),
     "stripe set back": (
-        "import posix_ipc; posix_ipc.Semaphore('/shmsock.{name}.4.{later}', posix_ipc.O_CREX).close()",
+        "import posix_ipc as p; p.Semaphore('/shmsock.{name}.4.{later}', p.O_CREX).close()",
         r"stripe 4 is at generation {g} but was at {was} already",
     ),
 }
