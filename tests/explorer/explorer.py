@@ -21,6 +21,8 @@ import typing
 import unittest.mock
 
 import shmsock._stripes_py
+import shmsock.channel
+import shmsock.descriptors
 import shmsock.processes
 import shmsock.recovery
 import shmsock.segment
@@ -230,8 +232,13 @@ class Explorer:
 def simulated(world: World) -> collections.abc.Iterator[None]:
     """The modules' clock, ``posix_ipc`` and ``membarrier`` are the world's as long as it lasts."""
     clock, log = memory.Clock(world), logging.getLogger("shmsock")
+    files = memory.FakeOs(world)
     patches: list[tuple[typing.Any, str, typing.Any]] = [
         (shmsock.segment, "posix_ipc", memory.FakePosixIpc(world)),
+        (shmsock.segment, "os", files),
+        (shmsock.descriptors, "os", files),
+        (shmsock.channel, "os", files),
+        (shmsock.processes, "fcntl", memory.FakeFcntl(world)),
         (shmsock.recovery, "barrier", world.barrier),
         (shmsock.processes, "register_barrier", lambda: None),
         (sys, "unraisablehook", lambda _: None),  # finalisers of greenlets that are disposed of

@@ -13,8 +13,12 @@ from __future__ import annotations
 
 import collections
 import collections.abc
+import errno
 import fcntl
 import os
+import stat
+import struct
+import types
 import typing
 
 import numpy as np
@@ -151,6 +155,9 @@ class Whole:
     def __ne__(self, other: object) -> typing.Any:
         return self._read() != other
 
+    def __gt__(self, other: typing.Any) -> typing.Any:
+        return self._read() > other
+
     def __and__(self, other: typing.Any) -> typing.Any:
         return self._read() & other
 
@@ -251,6 +258,13 @@ class Handle:
     def release(self) -> None:
         self._kernel().release()
 
+    @property
+    def value(self) -> int:
+        semaphore = self._kernel()
+        semaphore.world.enter_kernel(f"look at token {semaphore.place}", quiet=True)
+        semaphore.world.saw(semaphore.value)
+        return semaphore.value
+
     def close(self) -> None:
         self.closed = True
 
@@ -261,6 +275,7 @@ class FakePosixIpc:
     O_CREX = posix_ipc.O_CREX
     ExistentialError = posix_ipc.ExistentialError
     BusyError = posix_ipc.BusyError
+    PermissionsError = posix_ipc.PermissionsError
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -286,6 +301,33 @@ class FakePosixIpc:
         if world.names.pop(place_of(path), None) is None:
             raise posix_ipc.ExistentialError("gone")
         world.kernel_changed()
+
+
+class FakeOs:
+    """``os`` as the modules look at files with it.
+
+    Every semaphore is a private file of this user; a number's inode is the socket it belongs to.
+    """
+
+    geteuid = staticmethod(os.geteuid)
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def lstat(self, path: str) -> typing.Any:
+        found = place_of(path) in self._world.names
+        self._world.saw(found)
+        if not found:
+            raise FileNotFoundError(path)
+        return types.SimpleNamespace(st_mode=stat.S_IFREG | 0o600, st_uid=os.geteuid())
+
+    def fstat(self, fd: int) -> typing.Any:
+        world = self._world
+        world.enter_kernel(f"look at number {fd}")
+        world.saw(world.numbers.get(fd))
+        if fd not in world.numbers:
+            raise OSError(errno.EBADF, "closed")
+        return types.SimpleNamespace(st_ino=world.numbers[fd])
 
 
 def place_of(path: str) -> tuple[int, int]:
@@ -359,42 +401,66 @@ class Lock:
 
 
 class Bytes(LockFile):
-    """The real lock file over the world's bytes, which the kernel drops with their process."""
+    """The real lock file over the world's bytes, which the kernel drops with their process.
+
+    Its descriptor is the number of the process, which ``FakeFcntl`` understands.
+    """
 
     def __init__(self, world: World, process: int) -> None:
-        self.world, self.process = world, process
-        self.path, self._fd, self._inode = "", -1, (0, 0)
+        self.world = world
+        self.path, self._fd, self._inode = "the lock file", process, (0, 0)
         self._held, self._sharers = set(), 1
         self._mutex: typing.Any = Lock(world, False)
         self._users = {}
+        self.lost = False  # foreign code has closed the number
 
     def _is_ours(self) -> bool:
-        return True
+        return not self.lost
 
-    def _set(self, byte: int, kind: int) -> bool:
-        world = self.world
+    def __del__(self) -> None:
+        """There is no descriptor to close."""
+
+
+class FakeFcntl:
+    """``fcntl`` as ``LockFile`` uses it: locks of one byte, by process."""
+
+    F_SETLK, F_GETLK = fcntl.F_SETLK, fcntl.F_GETLK
+    F_RDLCK, F_WRLCK, F_UNLCK = fcntl.F_RDLCK, fcntl.F_WRLCK, fcntl.F_UNLCK
+    _FLOCK = struct.Struct("hhqqi4x")
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def fcntl(self, fd: int, command: int, request: bytes) -> bytes:
+        kind, _, byte, _, _ = self._FLOCK.unpack(request)
+        if command == fcntl.F_GETLK:
+            return self._ask(fd, byte)
+        world = self._world
         world.enter_kernel(f"{'drop' if kind == fcntl.F_UNLCK else 'lock'} byte {byte}")
+        if world.processes[fd].lock_file.lost:
+            raise OSError(errno.EBADF, "closed by foreign code")
         holder = world.bytes.get(byte)
         if kind == fcntl.F_UNLCK:
-            if holder == self.process:
+            if holder == fd:
                 del world.bytes[byte]
                 world.progress += 1
         elif holder is None:
-            world.bytes[byte] = self.process
-        elif holder != self.process:
+            world.bytes[byte] = fd
+        elif holder != fd:
             world.saw("refused")
-            return False
+            raise OSError(errno.EAGAIN, "another process has it")
         world.kernel_changed()
-        return True
+        return request
 
-    def holder(self, byte: int, kind: int = fcntl.F_WRLCK) -> int:
-        if byte in self._held:
-            return os.getpid()
-        world = self.world
+    def _ask(self, fd: int, byte: int) -> bytes:
+        world = self._world
         world.enter_kernel(f"ask for byte {byte}", quiet=True)
-        found = byte in world.bytes
-        world.saw(found)
-        return -1 if found else 0
+        if world.processes[fd].lock_file.lost:
+            raise OSError(errno.EBADF, "closed by foreign code")
+        holder = world.bytes.get(byte, fd)
+        world.saw(holder != fd)
+        kind = fcntl.F_UNLCK if holder == fd else fcntl.F_WRLCK  # one's own is never reported
+        return self._FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0)
 
 
 class Clock:
@@ -434,7 +500,7 @@ class Private(dict[int, typing.Any]):
         self._step("read")
         found = super().get(key, default)
         if not self.world.direct:
-            seen = tuple(sorted(found)) if isinstance(found, set) else found is not None
+            seen = tuple(sorted(found)) if isinstance(found, dict) else found is not None
             self.world.saw(seen)
         return found
 

@@ -115,7 +115,7 @@ MUTANTS = [
         "no look at the generation after OWN",
         "suspicion",
         Bounds(2),
-        Change(*ATTEMPT, "if cells.ctl[stripe] >> 2 != generation:", "if False:"),
+        Change(*ATTEMPT, "if control[stripe] & ~3 != before:", "if False:"),
     ),
     mutant(
         "no barrier in retire",
@@ -150,7 +150,7 @@ MUTANTS = [
         "no WANT",
         "take-give-2",
         Bounds(2, kills=1),
-        Change(*ATTEMPT, "claims[mine] = generation << 2 | WANT", "pass"),
+        Change(*ATTEMPT, "claims[mine] = before | WANT", "pass"),
     ),
     mutant(
         "no CLOSED: the stripe is OPEN from step 2",
@@ -175,8 +175,12 @@ MUTANTS = [
     mutant(
         "an unfinished retirement is resumed after OPENING",
         "died-opened",
-        Bounds(1, kills=1),
-        Change(*RETIRE, "if phase != CLOSED:", "if phase == OPEN:"),
+        Bounds(2, kills=1),
+        Change(
+            *RETIRE,
+            "semaphore = self._spare(stripe, generation) if phase == CLOSED else None",
+            "semaphore = self._spare(stripe, generation) if phase != OPEN else None",
+        ),
     ),
     mutant(
         "nref is counted by +-1",
@@ -297,7 +301,7 @@ MUTANTS = [
         "raise-hold",
         Bounds(0, raises=1),
         Change(
-            STRIPES, "Stripes._break", "self.cells.claims[mine] = generation << 2 | BROKEN", "pass"
+            STRIPES, "Stripes._break", "self.cells.claims[mine] = before | BROKEN", "pass"
         ),
     ),
     mutant(
@@ -307,7 +311,7 @@ MUTANTS = [
         Change(
             STRIPES,
             "Stripes._break",
-            "self.cells.claims[mine] = generation << 2 | BROKEN",
+            "self.cells.claims[mine] = before | BROKEN",
             "self.cells.claims[mine] = 0",
         ),
     ),
@@ -354,7 +358,7 @@ MUTANTS = [
         "take does not look at its own row",
         "fenced",
         Bounds(2, fences=1),
-        Change(*ATTEMPT, "if cells.row_state[self.index] != self._row_word:", "if False:"),
+        Change(*ATTEMPT, "if cells.row_state[self.index] != self.row_word:", "if False:"),
     ),
     mutant(
         "a row is given back before its claims and holds are",

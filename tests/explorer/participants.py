@@ -18,7 +18,7 @@ READY, NAPS, WAITS, ENDED = range(4)
 
 _BODIES = (
     "_attach", "_detach", "_create", "_set_failed", "_release", "_take_turn", "_give_turn",
-    "_change_owner", "_set_user_data",
+    "_change_owner", "_offer", "_withdraw", "_inherit", "_set_user_data",
 )  # fmt: skip
 
 

@@ -162,10 +162,10 @@ def registration(world: World) -> Check:
 class Number:
     """A descriptor of a simulated process: a number that is given out again once it is closed."""
 
-    def __init__(self, world: World, table: dict[int, int], sid: int) -> None:
-        self.world, self.table, self.sid = world, table, sid
-        self.fd = next(fd for fd in range(3, 99) if fd not in table)
-        table[self.fd] = sid
+    def __init__(self, world: World, sid: int) -> None:
+        self.world, self.table, self.sid = world, world.numbers, sid
+        self.fd = next(fd for fd in range(3, 99) if fd not in self.table)
+        self.table[self.fd] = sid
 
     def fileno(self) -> int:
         return self.fd
@@ -186,6 +186,9 @@ class Number:
         self.use("close")
         del self.table[self.fd]
 
+    def detach(self) -> None:
+        self.use("leave")
+
 
 class Quiet:
     """A service thread that is told much and does nothing."""
@@ -199,11 +202,10 @@ def descriptors(world: World) -> Check:
     """Two threads use one cached descriptor while its socket fails and others are opened."""
     scene = Scene(world, [2, 1], 1)
     process = world.processes[0]
-    numbers: dict[int, int] = {}
     anything: typing.Any = world.memory, process.engine, Quiet(), 1
     cache: typing.Any = Descriptors(*anything)
     cache._entries = Private(world, "descriptor")
-    number: typing.Any = Number(world, numbers, SID)
+    number: typing.Any = Number(world, SID)
     cache.keep(SID, number)
 
     def send(actor: Actor) -> None:
@@ -216,7 +218,7 @@ def descriptors(world: World) -> Check:
     def hang_up(actor: Actor) -> None:
         actor.set_failed(SID)
         actor.call(cache.discard, SID)
-        Number(world, numbers, SID + 1)  # the next connection takes the lowest number
+        Number(world, SID + 1)  # the next connection takes the lowest number
 
     scene.thread(0, send)
     scene.thread(0, hang_up)
@@ -227,7 +229,7 @@ def descriptors(world: World) -> Check:
 
     def check() -> None:
         scene.check()
-        if process.alive and (SID in numbers.values() or cache.peek(SID) is not None):
+        if process.alive and (SID in world.numbers.values() or cache.peek(SID) is not None):
             world.violation("the descriptor of a socket that is gone was never closed")
 
     return check

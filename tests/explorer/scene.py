@@ -85,6 +85,7 @@ class Actor:
     def tick(self) -> None:
         """What the timer does."""
         self.call(self.process.recovery.look)
+        self.call(self.process.engine.collect)
 
     def close(self) -> None:
         """Give everything back."""
@@ -176,7 +177,7 @@ class Scene:
             for actor in self.acts(process):
                 while actor.references:
                     actor.references.pop().close()
-            process.engine.drain()
+            process.engine.collect()
             self._check_counts(process)
             if process.engine._holds or process.engine._dropped:
                 self.world.violation(f"P{process.index} still counts a reference after the last")
@@ -194,7 +195,7 @@ class Scene:
         world = self.world
         process = self.survivors()[0]
         self._as(process)
-        complaints = sorted(process.recovery._audit_once())
+        complaints = sorted(breach.text for breach in process.recovery.auditor.look())
         if complaints:
             world.violation("after recovery: " + "; ".join(complaints))
         for stripe, control in enumerate(world.memory.raw.ctl.tolist()):
@@ -261,5 +262,5 @@ class Scene:
                 with engine.address(sid) as reference:
                     if engine.set_failed(sid, 1, "") != 1 or not reference.failed:
                         world.violation(f"{sid:#x} could not be failed")
-        if sorted(self.survivors()[0].recovery._audit_once()):
+        if list(self.survivors()[0].recovery.auditor.look()):
             world.violation("using the table broke it")

@@ -52,6 +52,7 @@ class World:
         self.count = self.progress = 0
         self.names: dict[tuple[int, int], memory.Semaphore] = {}
         self.bytes: dict[int, int] = {}
+        self.numbers: dict[int, int] = {}  # descriptors of P0, and whose each is
         self.inside: list[list[Thread]] = [[] for _ in range(self.layout.stripes)]
         self.processes: list[Process] = []
         self.threads: list[Thread] = []
