@@ -109,6 +109,7 @@ def find(
 ATTEMPT = STRIPES, "Stripes._attempt"
 RETIRE = RECOVERY, "Recovery.retire"
 RECYCLE = ENGINE, "recycle"
+MAKE = "shmsock.segment", "Semaphores.make"
 
 MUTANTS = [
     mutant(
@@ -174,12 +175,22 @@ MUTANTS = [
     ),
     mutant(
         "an unfinished retirement is resumed after OPENING",
-        "died-opened",
-        Bounds(2, kills=1),
+        "died-opened-taken",
+        Bounds(2),
         Change(
             *RETIRE,
             "semaphore = self._spare(stripe, generation) if phase == CLOSED else None",
             "semaphore = self._spare(stripe, generation) if phase != OPEN else None",
+        ),
+    ),
+    mutant(
+        "a spare that has a token is posted once more",
+        "died-tokened",
+        Bounds(1),
+        Change(
+            *MAKE,
+            "return handle if private and status.st_uid == os.geteuid() and found == value else None",
+            "return handle",
         ),
     ),
     mutant(
@@ -387,5 +398,67 @@ MUTANTS = [
         "release-fail",
         Bounds(1),
         Change(ENGINE, "Engine._set_failed", "if not self._is_live(slot, sid):", "if False:"),
+    ),
+    mutant(
+        "inherit does not look at the heir",
+        "give-take",
+        Bounds(1),
+        Change(
+            ENGINE,
+            "Engine._inherit",
+            "if not self._is_live(slot, sid) or cells.heir[slot] != self.word or cells.busy[slot]:",
+            "if not self._is_live(slot, sid) or cells.busy[slot]:",
+        ),
+    ),
+    mutant(
+        "withdraw does not look at the heir",
+        "give-place",
+        Bounds(1, kills=1),
+        Change(
+            ENGINE,
+            "Engine._withdraw",
+            "mine = cells.owner[slot] == self.word and cells.heir[slot] == heir",
+            "mine = cells.owner[slot] == self.word",
+        ),
+    ),
+    mutant(
+        "withdraw does not look at the owner and the heir",
+        "give-take",
+        Bounds(1),
+        Change(
+            ENGINE,
+            "Engine._withdraw",
+            "mine = cells.owner[slot] == self.word and cells.heir[slot] == heir",
+            "mine = True",
+        ),
+    ),
+    mutant(
+        "inherit does not clear the heir",
+        "give-take",
+        Bounds(1, kills=1),
+        Change(ENGINE, "Engine._inherit", "cells.heir[slot] = 0", "pass"),
+    ),
+    mutant(
+        "offer does not look whether a request is half read",
+        "give-busy",
+        Bounds(1),
+        Change(
+            ENGINE,
+            "Engine._offer",
+            "if cells.busy[slot] or cells.retired[slot]:",
+            "if cells.retired[slot]:",
+        ),
+    ),
+    mutant(
+        "recount leaves a dead heir",
+        "give-wait",
+        Bounds(0, kills=1),
+        Change(RECOVERY, "Recovery.recount", "self._cells.heir[begin + offset] = 0", "pass"),
+    ),
+    mutant(
+        "reap does not look where the dead was to inherit",
+        "give-wait",
+        Bounds(1, kills=1),
+        Change(RECOVERY, "Recovery._stripes_of", "slots |= columns.heir == word", "pass"),
     ),
 ]

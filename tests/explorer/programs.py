@@ -112,6 +112,104 @@ def adopt(actor: Actor) -> None:
         actor.scene.winners.append((-1, actor.process.index))
 
 
+# -- a hand-over ---------------------------------------------------------------------------------
+
+
+def read(actor: Actor) -> None:
+    """Read a request, as the owner: nobody else may do that at the same time."""
+    others = [each for each in actor.scene.actors if each.reads and each.process.alive]
+    if others:
+        who = others[0].process.index
+        actor.world.violation(f"P{actor.process.index} and P{who} read one socket")
+    actor.reads = True
+    cells = actor.world.memory.cells
+
+    def request() -> None:
+        cells.busy[0] = 1
+        actor.half_read = True
+        cells.bytes_in[0] = cells.bytes_in[0] + 1
+
+    actor.call(request)
+    actor.half_read = False
+    actor.call(cells.busy.__setitem__, 0, 0)
+    if actor.interrupted:
+        actor.call(cells.busy.__setitem__, 0, 0)
+    actor.reads = False
+
+
+def _owns(actor: Actor) -> bool:
+    engine, cells = actor.process.engine, actor.world.memory.cells
+    return bool(actor.call(lambda: engine.is_live(SID) and cells.owner[0] == engine.word))
+
+
+def _has_read(actor: Actor) -> int:
+    """How often the socket was read: every owner counts on."""
+    bytes_in = actor.world.memory.cells.bytes_in
+    while (count := actor.call(bytes_in.__getitem__, 0)) is None:
+        pass
+    return int(count)
+
+
+def _withdraw(actor: Actor) -> None:
+    """End an offer to P1; if it still stood, nobody else has had the socket."""
+    heir = actor.world.processes[1].word
+    while (withdrawn := actor.do("withdraw", SID, heir)) is None:
+        pass
+    actor.remember(withdrawn)
+    if withdrawn and _has_read(actor) != actor.books[0]:
+        actor.world.violation("an offer was withdrawn, but another has had the socket since")
+
+
+def give(actor: Actor) -> None:
+    """Read, offer the socket to P1, and withdraw that; read on if it is still ours."""
+    read(actor)
+    actor.remember(_has_read(actor))
+    actor.do("offer", SID, actor.world.processes[1].word)
+    _withdraw(actor)
+    if _owns(actor):
+        read(actor)
+
+
+def give_and_tick(actor: Actor) -> None:
+    """As ``give``, and repair: the heir may have died."""
+    give(actor)
+    actor.tick()
+
+
+def offer(actor: Actor) -> None:
+    """Offer the socket to P1; whoever reads it in this process must have ended before."""
+    actor.scene.offering = True  # known before the first step, so the same in every schedule
+    before = [each for each in actor.scene.acts(actor.process) if each.half_read]
+    done = actor.do("offer", SID, actor.world.processes[1].word)
+    if done and any(each.half_read for each in before):
+        actor.world.violation("a socket was offered while a request was half read")
+
+
+def offer_and_look(actor: Actor) -> None:
+    """Offer the socket to P1 and leave it so, unless P1 has died."""
+    actor.remember(_has_read(actor))
+    offer(actor)
+    actor.tick()
+    living = actor.call(actor.process.processes.live_words)
+    if actor.world.processes[1].word not in living:
+        _withdraw(actor)
+
+
+def inherit(actor: Actor) -> None:
+    """Take what was offered, and read it."""
+    actor.do("inherit", SID)
+    if _owns(actor):
+        read(actor)
+
+
+def place(actor: Actor) -> None:
+    """As the host: what P1 had when it died is P0's again."""
+    giver, heir = actor.world.processes[:2]
+    actor.tick()
+    if not heir.alive and giver.alive:
+        actor.do("change_owner", SID, heir.word, giver.word)
+
+
 # -- repair -------------------------------------------------------------------------------------
 
 

@@ -90,12 +90,15 @@ def contention_3(world: World) -> Check:
 
 
 def plain(
-    *programs: collections.abc.Sequence[Program], ready: int = 1, rehomed: bool = False
+    *programs: collections.abc.Sequence[Program],
+    ready: int = 1,
+    rehomed: bool = False,
+    given: bool = False,
 ) -> collections.abc.Callable[[World], Check]:
     """A scene in which each process runs the programs that are given for it, a thread each."""
 
     def build(world: World) -> Check:
-        scene = Scene(world, [max(1, len(each)) for each in programs], ready, rehomed)
+        scene = Scene(world, [max(1, len(each)) for each in programs], ready, rehomed, given)
         for index, each in enumerate(programs):
             for program in each:
                 scene.thread(index, program)

@@ -23,6 +23,9 @@ class Actor:
         self.scene, self.world, self.process = scene, scene.world, process
         self.references: list[typing.Any] = []
         self.operations = self.interrupted = 0
+        # Whether it is in the middle of reading the socket, and has said so in ``busy``.
+        self.reads = self.half_read = False
+        self.books: list[int] = []
 
     def do(self, operation: str, *arguments: typing.Any) -> typing.Any:
         """Call a method of the engine; an exception that was raised into it ends it alone."""
@@ -50,7 +53,12 @@ class Actor:
         )
 
     def remembered(self) -> tuple[typing.Any, ...]:
-        return tuple((each.id, each._serial) for each in self.references)
+        references = tuple((each.id, each._serial) for each in self.references)
+        return references, self.reads, tuple(self.books)
+
+    def remember(self, value: int) -> None:
+        """For later: what is not written down here must not matter after the next operation."""
+        self.books.append(value)
 
     def address(self, sid: int, failed_too: bool = False) -> typing.Any:
         """Take a reference; it must be one."""
@@ -124,21 +132,26 @@ class Scene:
         threads: collections.abc.Sequence[int],
         ready: int,
         rehomed: bool = False,
+        given: bool = False,
     ) -> None:
-        """``threads`` of each process; ``ready`` sockets are made by process 0."""
+        """``threads`` of each process; ``ready`` sockets are made by process 0.
+
+        They outlive their owner if ``rehomed`` or ``given``, which has its own checks each.
+        """
         self.world = world
         self.rehomed = rehomed
         self.failed: set[int] = set()
         self.winners: list[tuple[int, int]] = []
         self.created: list[int] = []
         self.actors: list[Actor] = []
+        self.offering = False  # whether somebody ended without withdrawing
         for count in threads:
             world.add_process(count)
         first = world.processes[0]
         world.current = first.idle
         for _ in range(ready):
             first.engine._next_stripe = -1
-            new = first.module.NewSocket(owner=first.engine.word, on_owner_death=int(rehomed))
+            new = first.module.NewSocket(owner=first.engine.word, on_owner_death=int(rehomed or given))
             first.engine.create(new)
 
     def thread(self, index: int, program: Program) -> Actor:
@@ -184,6 +197,7 @@ class Scene:
         self.audit()
         self._check_known()
         self._check_rehomed()
+        self._check_heirs()
         self._check_winners()
         self._check_usable()
 
@@ -237,6 +251,16 @@ class Scene:
         adopted = any(sid == -1 for sid, _ in self.winners)
         if live == first.was_busy or (adopted and not live):
             self.world.violation(f"was busy: {first.was_busy}, lives: {live}, adopted: {adopted}")
+
+    def _check_heirs(self) -> None:
+        """Whoever has a socket has it alone: an offer ended, or stands and the owner knows of it."""
+        raw, processes = self.world.memory.raw, self.world.processes
+        words = {process.word: process for process in processes if process.is_participant()}
+        for slot, (owner, heir) in enumerate(zip(raw.owner.tolist(), raw.heir.tolist(), strict=True)):
+            if heir and (heir not in words or heir == owner):
+                self.world.violation(f"slot {slot} of {owner:#x} is offered to {heir:#x}")
+            if owner in words and heir and not self.offering:
+                self.world.violation(f"slot {slot} is offered to {heir:#x}, and nobody knows")
 
     def _check_winners(self) -> None:
         for sid in {sid for sid, _ in self.winners}:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections.abc
+import functools
 import typing
 
 from shmsock.layout import CLOSED, OPEN, OPENING
@@ -14,11 +15,18 @@ from .programs import (
     drop_inside,
     fail,
     forget_handles,
+    give,
+    give_and_tick,
     hold,
     hold_either,
     hold_failed_too,
     hold_two,
+    inherit,
     leave,
+    offer,
+    offer_and_look,
+    place,
+    read,
     release,
     renew,
     repair,
@@ -62,8 +70,14 @@ FENCED = bounds((1, 0, 0, 1), (2, 0, 0, 1), (3, 1, 0, 1))
 TENANT = bounds((0, 0, 0, 1), (1, 0, 0, 1), (2, 0, 0, 1))
 THREE_LEFT = bounds((0, 1), (1, 1), (2, 2))
 
+GIVE = bounds((1, 1), (2, 1), (4, 1))
+THREE_GIVE = bounds((0, 1), (1, 1), (2, 2))
+ONE_HEIR = {"mortal": (1,)}
+
 NEAR = bounds((0, 0, 1), (1, 0, 1), (2, 1, 1))
 PAIR = {"slots": 2, "interruptible": (0,)}
+
+given = functools.partial(plain, given=True)
 
 _TABLE: list[Row] = [
     ("take-give-2", contention_2, bounds((2, 1), (4, 1), (9, 1)), {}),
@@ -101,6 +115,8 @@ _TABLE: list[Row] = [
     ("died-closed", left_behind((2, CLOSED), 0, repair, repair), LEFT, {}),
     ("died-opening", left_behind((2, OPENING), 0, repair, repair), LEFT, {}),
     ("died-opened", left_behind((2, OPENING), 1, repair, repair), LEFT, {}),
+    ("died-opened-taken", left_behind((2, OPENING), 1, repair, hold_failed_too), LEFT, {}),
+    ("died-tokened", left_behind((2, CLOSED), 1, repair, repair), LEFT, {}),
     ("died-and-three", left_behind((2, CLOSED), 0, repair, repair, hold), THREE_LEFT, {}),
     ("suspicion", plain([hold], [suspect_and_hold]), bounds((1, 1), (2, 1), (4, 1)), {}),
     ("suspicion-stranger", plain([], [visit], [suspect]), bounds((1, 1), (2, 1), (3, 2)), {}),
@@ -108,6 +124,13 @@ _TABLE: list[Row] = [
     ("leaving", plain([leave], [hold], []), bounds((0, 1), (1, 1), (3, 1)), {"mortal": (0, 1)}),
     ("leaving-2", plain([leave], [leave], []), bounds((0, 1), (1, 1), (2, 2)), {"mortal": (0, 1)}),
     ("rehome", plain([serve], [adopt], [adopt], rehomed=True), bounds((1, 1), (1, 1), (2, 2)), {}),
+    ("give-take", given([give], [inherit]), GIVE, {}),
+    ("give-take-reap", given([give_and_tick], [inherit], [inherit]), THREE_GIVE, {}),
+    ("give-place", given([give], [inherit], [place]), bounds((1, 1), (1, 1), (2, 2)), ONE_HEIR),
+    ("give-wait", given([offer_and_look], [inherit]), GIVE, {}),
+    ("give-busy", given([read, offer], []), bounds((1, 1), (2, 1), (4, 1)), {}),
+    ("give-fail", given([give], [inherit], [fail]), THREE_GIVE, {}),
+    ("raise-give", given([give], [inherit]), bounds((0, 0, 1), (1, 0, 1), (2, 1, 1)), {}),
     ("handles", plain([suspect, forget_handles], [hold]), bounds((1,), (2,), (2, 1)), {}),
     ("neighbours", plain([hold_two], [fail], ready=2), bounds((1, 1), (2, 1), (4, 1)), PAIR),
     ("raise-neighbours", plain([hold_two], [fail], ready=2), NEAR, PAIR),
