@@ -210,7 +210,7 @@ class Explorer:
                 after = hash((after, thread.id, world.kills, world.raises, world.fences, "kill"))
                 if not self._known(after):
                     self._offer(number, ("kill", process.number))
-            if world.fences and not world.is_inside(process):
+            if world.fences and world.can_be_fenced(process):
                 self._offer(number, ("fence", process.number))
 
     def _choose(self, ready: list[Thread], napping: list[Thread], number: int) -> None:

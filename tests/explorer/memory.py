@@ -412,7 +412,7 @@ class Bytes(LockFile):
         self._held, self._sharers = set(), 1
         self._mutex: typing.Any = Lock(world, False)
         self._users = {}
-        self.lost = False  # foreign code has closed the number
+        self.lost = False  # foreign code has closed the number, and has another file there
 
     def _is_ours(self) -> bool:
         return not self.lost
@@ -422,7 +422,10 @@ class Bytes(LockFile):
 
 
 class FakeFcntl:
-    """``fcntl`` as ``LockFile`` uses it: locks of one byte, by process."""
+    """``fcntl`` as ``LockFile`` uses it: locks of one byte, by process.
+
+    Of another file, behind a number that is lost, every byte is free.
+    """
 
     F_SETLK, F_GETLK = fcntl.F_SETLK, fcntl.F_GETLK
     F_RDLCK, F_WRLCK, F_UNLCK = fcntl.F_RDLCK, fcntl.F_WRLCK, fcntl.F_UNLCK
@@ -438,7 +441,7 @@ class FakeFcntl:
         world = self._world
         world.enter_kernel(f"{'drop' if kind == fcntl.F_UNLCK else 'lock'} byte {byte}")
         if world.processes[fd].lock_file.lost:
-            raise OSError(errno.EBADF, "closed by foreign code")
+            return request
         holder = world.bytes.get(byte)
         if kind == fcntl.F_UNLCK:
             if holder == fd:
@@ -455,9 +458,8 @@ class FakeFcntl:
     def _ask(self, fd: int, byte: int) -> bytes:
         world = self._world
         world.enter_kernel(f"ask for byte {byte}", quiet=True)
-        if world.processes[fd].lock_file.lost:
-            raise OSError(errno.EBADF, "closed by foreign code")
-        holder = world.bytes.get(byte, fd)
+        lost = world.processes[fd].lock_file.lost
+        holder = fd if lost else world.bytes.get(byte, fd)
         world.saw(holder != fd)
         kind = fcntl.F_UNLCK if holder == fd else fcntl.F_WRLCK  # one's own is never reported
         return self._FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0)

@@ -189,7 +189,8 @@ MUTANTS = [
         Bounds(1),
         Change(
             *MAKE,
-            "return handle if private and status.st_uid == os.geteuid() and found == value else None",
+            "return handle if private and status.st_uid == os.geteuid() and found == value "
+            "else None",
             "return handle",
         ),
     ),
@@ -311,9 +312,7 @@ MUTANTS = [
         "BROKEN forgotten: an exception leaves OWN or WANT",
         "raise-hold",
         Bounds(0, raises=1),
-        Change(
-            STRIPES, "Stripes._break", "self.cells.claims[mine] = before | BROKEN", "pass"
-        ),
+        Change(STRIPES, "Stripes._break", "self.cells.claims[mine] = before | BROKEN", "pass"),
     ),
     mutant(
         "BROKEN forgotten: an exception zeroes the claim",
@@ -460,5 +459,16 @@ MUTANTS = [
         "give-wait",
         Bounds(1, kills=1),
         Change(RECOVERY, "Recovery._stripes_of", "slots |= columns.heir == word", "pass"),
+    ),
+    mutant(
+        "what the kernel says of a number that is not ours counts",
+        "lost-file",
+        Bounds(1, fences=1),
+        Change(
+            "shmsock.processes",
+            "LockFile._check_ours",
+            "if not self._is_ours():",
+            "if False:",
+        ),
     ),
 ]

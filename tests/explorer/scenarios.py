@@ -15,7 +15,7 @@ from shmsock.layout import OWN
 
 from .memory import Private
 from .participants import Bounds
-from .programs import register, repair, visit
+from .programs import hold, register, repair, visit
 from .scene import SID, Actor, Program, Scene
 from .world import World
 
@@ -134,6 +134,15 @@ def left_behind(
         return scene.check
 
     return build
+
+
+def lost_file(world: World) -> Check:
+    """Foreign code closes the lock file of P0, and P1 sees it; P0 looks for the dead meanwhile."""
+    world.closes = True
+    scene = Scene(world, [1, 1], 1)
+    scene.thread(0, repair)
+    scene.thread(1, hold)
+    return scene.check
 
 
 def fenced_tenant(world: World) -> Check:

@@ -151,7 +151,9 @@ class Scene:
         world.current = first.idle
         for _ in range(ready):
             first.engine._next_stripe = -1
-            new = first.module.NewSocket(owner=first.engine.word, on_owner_death=int(rehomed or given))
+            new = first.module.NewSocket(
+                owner=first.engine.word, on_owner_death=int(rehomed or given)
+            )
             first.engine.create(new)
 
     def thread(self, index: int, program: Program) -> Actor:
@@ -253,10 +255,12 @@ class Scene:
             self.world.violation(f"was busy: {first.was_busy}, lives: {live}, adopted: {adopted}")
 
     def _check_heirs(self) -> None:
-        """Whoever has a socket has it alone: an offer ended, or stands and the owner knows of it."""
+        """Whoever has a socket has it alone: an offer ended, or its owner knows of it."""
         raw, processes = self.world.memory.raw, self.world.processes
         words = {process.word: process for process in processes if process.is_participant()}
-        for slot, (owner, heir) in enumerate(zip(raw.owner.tolist(), raw.heir.tolist(), strict=True)):
+        for slot, (owner, heir) in enumerate(
+            zip(raw.owner.tolist(), raw.heir.tolist(), strict=True)
+        ):
             if heir and (heir not in words or heir == owner):
                 self.world.violation(f"slot {slot} of {owner:#x} is offered to {heir:#x}")
             if owner in words and heir and not self.offering:

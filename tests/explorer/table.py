@@ -47,6 +47,7 @@ from .scenarios import (
     descriptors,
     fenced_tenant,
     left_behind,
+    lost_file,
     plain,
     registration,
 )
@@ -70,6 +71,8 @@ FENCED = bounds((1, 0, 0, 1), (2, 0, 0, 1), (3, 1, 0, 1))
 TENANT = bounds((0, 0, 0, 1), (1, 0, 0, 1), (2, 0, 0, 1))
 THREE_LEFT = bounds((0, 1), (1, 1), (2, 2))
 
+LATE = bounds((0, 1), (2, 1), (3, 2))
+LOST = bounds((0, 0, 0, 1), (2, 0, 0, 1), (3, 0, 0, 1))
 GIVE = bounds((1, 1), (2, 1), (4, 1))
 THREE_GIVE = bounds((0, 1), (1, 1), (2, 2))
 ONE_HEIR = {"mortal": (1,)}
@@ -81,8 +84,8 @@ given = functools.partial(plain, given=True)
 
 _TABLE: list[Row] = [
     ("take-give-2", contention_2, bounds((2, 1), (4, 1), (9, 1)), {}),
-    ("take-give-3", contention_3, bounds((0, 2), (1, 1), (2, 2)), {}),
-    ("fail-hold", plain([fail], [hold]), bounds((2, 1), (2, 1), (4, 1)), {}),
+    ("take-give-3", contention_3, bounds((0, 1), (1, 1), (2, 2)), {}),
+    ("fail-hold", plain([fail], [hold]), bounds((1, 1), (2, 1), (4, 1)), {}),
     (
         "fail-fail-hold",
         plain([fail], [fail], [hold_failed_too]),
@@ -115,8 +118,8 @@ _TABLE: list[Row] = [
     ("died-closed", left_behind((2, CLOSED), 0, repair, repair), LEFT, {}),
     ("died-opening", left_behind((2, OPENING), 0, repair, repair), LEFT, {}),
     ("died-opened", left_behind((2, OPENING), 1, repair, repair), LEFT, {}),
-    ("died-opened-taken", left_behind((2, OPENING), 1, repair, hold_failed_too), LEFT, {}),
-    ("died-tokened", left_behind((2, CLOSED), 1, repair, repair), LEFT, {}),
+    ("died-opened-taken", left_behind((2, OPENING), 1, repair, hold_failed_too), LATE, {}),
+    ("died-tokened", left_behind((2, CLOSED), 1, repair, repair), LATE, {}),
     ("died-and-three", left_behind((2, CLOSED), 0, repair, repair, hold), THREE_LEFT, {}),
     ("suspicion", plain([hold], [suspect_and_hold]), bounds((1, 1), (2, 1), (4, 1)), {}),
     ("suspicion-stranger", plain([], [visit], [suspect]), bounds((1, 1), (2, 1), (3, 2)), {}),
@@ -126,7 +129,7 @@ _TABLE: list[Row] = [
     ("rehome", plain([serve], [adopt], [adopt], rehomed=True), bounds((1, 1), (1, 1), (2, 2)), {}),
     ("give-take", given([give], [inherit]), GIVE, {}),
     ("give-take-reap", given([give_and_tick], [inherit], [inherit]), THREE_GIVE, {}),
-    ("give-place", given([give], [inherit], [place]), bounds((1, 1), (1, 1), (2, 2)), ONE_HEIR),
+    ("give-place", given([give], [inherit], [place]), bounds((0, 1), (1, 1), (2, 2)), ONE_HEIR),
     ("give-wait", given([offer_and_look], [inherit]), GIVE, {}),
     ("give-busy", given([read, offer], []), bounds((1, 1), (2, 1), (4, 1)), {}),
     ("give-fail", given([give], [inherit], [fail]), THREE_GIVE, {}),
@@ -139,9 +142,10 @@ _TABLE: list[Row] = [
     (
         "fenced",
         plain([hold], [hold]),
-        bounds((1, 0, 0, 1), (2, 0, 0, 1), (3, 1, 0, 1)),
+        FENCED,
         {"mortal": (0,)},
     ),
+    ("lost-file", lost_file, LOST, {"mortal": (0,)}),
     ("fenced-tenant", fenced_tenant, TENANT, {"mortal": (1,), "processes": 3}),
     ("registration", registration, bounds((0, 1), (1, 1), (2, 2)), {}),
     ("descriptors", descriptors, bounds((2,), (3,), (5,)), {}),

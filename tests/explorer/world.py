@@ -48,6 +48,7 @@ class World:
         self.raises, self.fences = bounds.raises, bounds.fences
         self.memory.reset()
         self.direct, self.over, self.pruned = True, False, False
+        self.closes = False  # whether who is fenced has lost the lock file's number, too
         self.found = ""
         self.count = self.progress = 0
         self.names: dict[tuple[int, int], memory.Semaphore] = {}
@@ -226,7 +227,7 @@ class World:
     def fence(self, process: Process) -> None:
         """Foreign code closed its lock file, and somebody noticed: it counts as dead and lives."""
         self.tried["fence"] += 1
-        process.fenced = True
+        process.fenced, process.lock_file.lost = True, self.closes
         self.bytes.pop(FIRST_ROW + process.index, None)
         row = self.memory.raw.row_state
         row[process.index] = int(row[process.index]) & ~0xFF | REAPING
@@ -234,6 +235,11 @@ class World:
         self.touched()
         if self.log is not None:
             self.log.append(f"     P{process.number} loses its byte and is fenced")
+
+    def can_be_fenced(self, process: Process) -> bool:
+        """It is in no stripe; nor does it repair, when that would be another's from here on."""
+        repairs = any(self.bytes.get(byte) == process.number for byte in range(FIRST_ROW))
+        return not self.is_inside(process) and not (self.closes and repairs)
 
     def is_inside(self, process: Process) -> bool:
         """Whether a thread of a process is inside any stripe."""
