@@ -284,7 +284,7 @@ class Recovery:
         columns = self._columns
         found: np.ndarray[typing.Any, typing.Any] = (
             (columns.owner[rows] != 0) | (columns.writer[rows] != 0) | (columns.retired[rows] != 0)
-        )
+        ) | (columns.heir[rows] != 0)
         return found
 
     def _living_words(self, dead: collections.abc.Iterable[int]) -> list[int]:
@@ -297,6 +297,7 @@ class Recovery:
         version = cells.versioned_ref[slot] >> SLOT_BITS
         if state == FREE:  # CRASH(create): killed before LIVE
             cells.owner[slot] = cells.writer[slot] = cells.retired[slot] = 0
+            cells.heir[slot] = 0
             cells.versioned_ref[slot] = version << SLOT_BITS
         elif state == RECYCLING:  # CRASH(recycle)
             recycle(cells, slot)

@@ -954,6 +954,14 @@ def test_audit_finds(planted: str, table: Member, monkeypatch: pytest.MonkeyPatc
     assert table.recovery.audit() == []
 
 
+def test_recount_clears_a_living_heir_of_a_free_slot(table: Member) -> None:
+    table.cells.heir[1] = table.engine.word
+    assert any("slot 1 is FREE with" in line for line in table.recovery.audit())
+    table.recovery.recount_in_turn(0)
+    assert table.cells.heir[1] == 0
+    assert table.recovery.audit() == []
+
+
 def test_audit_of_a_moving_table_complains_of_nothing(table: Member) -> None:
     def churn() -> None:
         member = Member.attach(table.name, table.module)
