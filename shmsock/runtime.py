@@ -500,11 +500,25 @@ class Runtime(View):
             self._store.spread(list(sids))
 
     def on_join(self, callback: collections.abc.Callable[[int], object]) -> None:
-        """In the host: call ``callback(index)`` when a process is ready to be passed sockets."""
+        """In the host: call ``callback(index)`` when a process is ready to be passed sockets.
+
+        Also for those that are ready already: a host that took over is joined from the moment its
+        address is known. Called in the dispatcher's loop where there is one, else in the service
+        loop.
+        """
         self._check()
-        if self._store is None:
+        store = self._store
+        if store is None:
             raise ValueError("only the host is joined")
-        self._store.on_join = callback
+
+        def tell(index: int) -> None:
+            if self._dispatcher is None:
+                callback(index)
+            else:
+                self._dispatcher._tell(callback, index)
+
+        # In the loop, where nobody joins between the two.
+        self._service.call_soon(functools.partial(store.tell_who_joins, tell))
 
     def _refused(self, index: int, sids: tuple[int, ...]) -> None:
         """A process had no descriptor left for what it was passed.

@@ -121,6 +121,12 @@ class Store:
         link = self._workers.get(index)
         return link is not None and link.tell(channel.PASS, sids)
 
+    def tell_who_joins(self, callback: collections.abc.Callable[[int], object]) -> None:
+        """Call ``callback(index)`` for who has joined and who will; in the service loop."""
+        self.on_join = callback
+        for index in list(self._workers):
+            callback(index)
+
     def is_connected(self, index: int) -> bool:
         """Whether a process has its channel open, so can be passed sockets."""
         return index in self._workers

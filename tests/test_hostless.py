@@ -128,7 +128,7 @@ PLACES = {
     "in the middle of collecting": "workers.supervisor Supervisor _collect 2 after",
     "before its first listener": "workers.supervisor Supervisor _adopt_listener 1 before",
     "between two listeners": "workers.supervisor Supervisor _adopt_listener 1 after",
-    "when it has collected all": "workers.supervisor Supervisor _rehome 1 before",
+    "when it has collected all": "workers.supervisor Supervisor rehome 1 before",
     "before it accepts": "workers.supervisor Supervisor _start_accepting 1 before",
     "when it accepts": "workers.supervisor Supervisor _start_accepting 1 after",
 }

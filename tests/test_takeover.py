@@ -11,7 +11,9 @@ import threading
 
 import pytest
 
-from .helpers import WATCHDOG_S, wait_until
+import shmsock
+
+from .helpers import WATCHDOG_S, Peer, wait_until
 from .servers import Server
 
 
@@ -157,3 +159,26 @@ def test_requests_go_on_while_supervisors_are_killed_and_followed() -> None:
                 thread.join()
             assert not failures
             assert servers[-1].run("doctor").returncode == 0
+
+
+def test_who_joined_before_the_new_host_asked_is_told_of_all_the_same(name: str) -> None:
+    """Workers look for a new host ten times a second: the first may come before anybody listens."""
+    with Peer() as first:
+        first.run(f"import shmsock; rt = shmsock.Runtime.create({name!r}, slots=64, processes=8)")
+        with Peer(name, role="worker") as worker:
+            worker.run("""
+                import threading
+                loop = shmsock.Dispatcher(rt)
+                loop.on_arrival(print)
+                threading.Thread(target=loop.run, daemon=True).start()
+            """)
+            index = worker.ask("rt.index")
+            first.kill()
+            with shmsock.Runtime.take_over(name) as host:
+                store = host._store
+                assert store is not None
+                wait_until(lambda: store.is_connected(index))
+                joined: list[int] = []
+                host.on_join(joined.append)
+                wait_until(lambda: joined == [index])
+                worker.run("loop.stop()")
