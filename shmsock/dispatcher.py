@@ -28,7 +28,7 @@ import typing
 
 from .errors import ClosedError, PoisonedError, StripeTimeoutError
 from .layout import format_socket_id
-from .service import Timer, close_or_leave, is_intact
+from .service import Timer, close_epoll, is_intact
 from .socket import SocketRef
 
 if typing.TYPE_CHECKING:
@@ -356,5 +356,7 @@ class Dispatcher:
         self._wake()
 
     def _close_numbers(self) -> None:
+        ours = close_epoll(self._epoll, self._wake_fd)
         fd, self._wake_fd = self._wake_fd, -1
-        close_or_leave(self._epoll, fd)
+        if ours:
+            os.close(fd)

@@ -180,6 +180,7 @@ class Runtime(View):
         self._groups: Groups | None = None
         self._closed = False
         self._disowned = False
+        self._unlinks = False
         self._sharing = True
         self._leaving: collections.deque[collections.abc.Callable[[], object]] = collections.deque()
         self._service.call_later(_TICK_S, self._tick)
@@ -692,11 +693,14 @@ class Runtime(View):
 
     def _is_current(self) -> bool:
         """Whether the names on this machine are still this runtime's."""
+        return self._has_names() and self._lock_file.is_current()
+
+    def _has_names(self) -> bool:
         try:
             inode = os.stat(f"{SHM_DIRECTORY}/shmsock.{self.name}").st_ino
         except FileNotFoundError:
             return False
-        return inode == self._segment.inode and self._lock_file.is_current()
+        return inode == self._segment.inode
 
     def _hung_up(self, sid: int) -> None:
         self._writers.hung_up(sid)
@@ -803,17 +807,21 @@ class Runtime(View):
 
     # -- leaving --------------------------------------------------------------------------------
 
-    def close(self) -> None:
+    def close(self, *, unlink: bool = False) -> None:
         """Leave: give back what this process holds; the sockets it owns fail.
 
-        The host's leaving ends the runtime's descriptor store; what is left of the names is taken
-        away by ``unlink``. Closing twice does nothing.
+        The host's leaving ends the runtime's descriptor store. Closing twice does nothing.
+
+        Args:
+            unlink: The host also takes every name away, before anybody else can be host of that
+                name: afterwards, with ``unlink()``, they might be the next runtime's.
         """
         if self._pid != os.getpid():
             return
         if not self._closed:
             if not self._engine.closed and not self._still_there():
                 self._disown()
+            self._unlinks = unlink and self._still_host()
             self._leaving = collections.deque(self._ways_out())
             self._closed = True
         # Repeating a step is harmless, so it goes last: who was interrupted closes again.
@@ -865,6 +873,8 @@ class Runtime(View):
             if mine:
                 self._reap_oneself()
         self._processes.withdraw()
+        if self._unlinks:
+            remove(self.name)  # ORDER: while the host's byte is ours
         if self._store is not None:
             self._lock_file.drop(HOST)
 
@@ -899,9 +909,9 @@ class Runtime(View):
         traceback: types.TracebackType | None,
     ) -> None:
         """Leave; the host also takes the names away."""
-        host = self._still_host()
-        self.close()
-        if host:
+        closed, host = self._closed, self._still_host()
+        self.close(unlink=True)
+        if closed and host and self._has_names():
             self.unlink()
 
     def __repr__(self) -> str:

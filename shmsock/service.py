@@ -64,15 +64,19 @@ def is_intact(epoll: select.epoll, wake_fd: int) -> bool:
     return True
 
 
-def close_or_leave(epoll: select.epoll, wake_fd: int) -> None:
-    """Close both numbers, unless foreign code did: then they may be somebody else's by now."""
-    if epoll.closed or is_intact(epoll, wake_fd):
-        epoll.close()
-        if wake_fd >= 0:
-            os.close(wake_fd)
-    else:
+def close_epoll(epoll: select.epoll, wake_fd: int) -> bool:
+    """Close an epoll, unless foreign code did: then its number may be somebody else's by now.
+
+    Returns:
+        Whether ``wake_fd`` is still ours to close. Again says the same: who was interrupted between
+        the two repeats both.
+    """
+    if not epoll.closed and not is_intact(epoll, wake_fd):
         # An epoll object cannot be parted from its number, which its end would close.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(epoll))
+        return False
+    epoll.close()
+    return wake_fd >= 0
 
 
 class Service:
@@ -146,8 +150,10 @@ class Service:
         parent's descriptors.
         """
         self._stopping = True
+        ours = close_epoll(self.epoll, self._wake_fd)
         fd, self._wake_fd = self._wake_fd, -1
-        close_or_leave(self.epoll, fd)
+        if ours:
+            os.close(fd)
 
     def forget_in_child(self) -> None:
         """In a forked child: a thread that the fork left behind may have had the locks."""

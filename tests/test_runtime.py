@@ -14,6 +14,7 @@ import time
 import pytest
 
 import shmsock
+from shmsock import processes
 from shmsock.segment import SHM_DIRECTORY, run_directory
 
 from .helpers import (
@@ -602,3 +603,23 @@ def test_who_attaches_reaps_the_dead_that_hold_every_row(name: str) -> None:
         assert [row.pid for row in runtime.processes()] == [os.getpid()]
         assert runtime.audit() == []
         runtime.unlink()
+
+
+def test_the_names_of_a_host_that_leaves_are_gone_before_another_can_be_host(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or it would take away what the next runtime of that name has just made."""
+    host = shmsock.Runtime.create(name, slots=16, stripes=2)
+    drop, seen = host._lock_file.drop, []
+
+    def watched(byte: int) -> None:
+        if byte == processes.HOST:
+            seen.append(os.path.exists(f"{SHM_DIRECTORY}/shmsock.{name}"))
+        drop(byte)
+
+    monkeypatch.setattr(host._lock_file, "drop", watched)
+    with host:
+        pass
+    assert seen == [False]
+    with shmsock.Runtime.create(name, slots=16, stripes=2) as following:
+        assert following.audit() == []

@@ -336,9 +336,7 @@ class Supervisor:
             listener.close()
         for sock in [*self._refused, *self._unplaced]:
             sock.close()
-        self.runtime.close()
-        if self.names_are_ours:
-            self.runtime.unlink()
+        self.runtime.close(unlink=self.names_are_ours)
 
     def _stop_asked(self) -> None:
         if self.draining:
