@@ -28,8 +28,17 @@ import time
 import typing
 import weakref
 
-from ._stripes_py import CONTENDED, DONE, NOTHING, RECYCLED, STRIPE_TIMEOUT_S, Body, Stripes
-from .errors import ClosedError, PoisonedError, StripeTimeoutError, TableFullError
+from ._stripes_py import (
+    CONTENDED,
+    DONE,
+    NOTHING,
+    RECYCLED,
+    STRIPE_TIMEOUT_S,
+    Body,
+    Stripes,
+    table_full,
+)
+from .errors import ClosedError, PoisonedError, StripeTimeoutError
 from .layout import (
     FREE,
     LIVE,
@@ -111,6 +120,20 @@ def recycle(cells: Cells, slot: int) -> None:
     cells.state[slot] = FREE
 
 
+def status_of(segment: Segment, sid: int) -> Status:
+    """What an id names now; takes nothing."""
+    slot = sid & SLOT_MASK
+    if 0 < sid < _SLOT_END and slot < segment.layout.slots and not sid >> SLOT_BITS & 1:
+        cells = segment.cells
+        if cells.state[slot] == LIVE:
+            version = cells.versioned_ref[slot] >> SLOT_BITS
+            if version == sid >> SLOT_BITS:
+                return Status.LIVE
+            if version == (sid >> SLOT_BITS) + 1:
+                return Status.FAILED
+    return Status.GONE
+
+
 class Reference:
     """A counted hold on a socket: closed by ``close``, by ``with``, or by being dropped; once."""
 
@@ -176,6 +199,14 @@ class Reference:
         return f"<{type(self).__name__} sk-{self.id >> SLOT_BITS:x}-{self.id & SLOT_MASK} {state}>"
 
 
+T = typing.TypeVar("T")
+
+
+def reference_class(extended: type[T]) -> type[T]:
+    """The class that references are made of; the C engine does something to it."""
+    return extended
+
+
 class Engine(Stripes):
     """One process's hands on the slot table."""
 
@@ -204,8 +235,27 @@ class Engine(Stripes):
 
     # -- the life of a slot ---------------------------------------------------------------------
 
-    def create(self, new: NewSocket) -> int:
+    def create(
+        self,
+        owner: int,
+        inode: int = 0,
+        kind: int = 0,
+        on_owner_death: int = 0,
+        peer: bytes = b"",
+        user_data: bytes = b"",
+        made: list[int] | None = None,
+    ) -> int:
         """Put a socket into a free slot.
+
+        Args:
+            owner: The word of the process that reads it.
+            inode: Of the kernel's socket.
+            kind: As in layout.py; so is ``on_owner_death``.
+            on_owner_death: What becomes of it when its owner is killed.
+            peer: For people.
+            user_data: The application's.
+            made: Gets the new id before we return: an exception may come between that and the
+                caller's next line.
 
         Returns:
             Its SocketId, LIVE, with the additional reference.
@@ -215,6 +265,7 @@ class Engine(Stripes):
 
         If killed: before ``state`` is LIVE nothing has happened; after, the socket is the owner's.
         """
+        new = NewSocket(owner, inode, kind, on_owner_death, peer, user_data)
         self._next_stripe += 1
         first = self._next_stripe
         # One try each, then wait: a stripe in which a live process was stopped is passed over.
@@ -225,6 +276,8 @@ class Engine(Stripes):
                     continue
                 try:
                     if self.run(stripe, self._create, stripe, new, patience_s=patience_s):
+                        if made is not None:
+                            made.append(new.sid)
                         return new.sid
                 except StripeTimeoutError:
                     if patience_s:
@@ -232,10 +285,7 @@ class Engine(Stripes):
                 except BaseException:
                     self._abandon_creation(new)
                     raise
-        raise TableFullError(
-            f"all {self._slots} slots are in use: raise `slots` of Runtime.create "
-            "(or --slots of `shmsock serve`), or close connections"
-        )
+        raise table_full(self._slots)
 
     def _find_free(self, stripe: int) -> int:
         begin = stripe * self._block
@@ -288,15 +338,7 @@ class Engine(Stripes):
 
     def status(self, sid: int) -> Status:
         """What an id names now; takes nothing."""
-        sid = operator.index(sid)
-        slot = self._slot_of(sid)
-        if slot >= 0 and self.cells.state[slot] == LIVE:
-            version = self.cells.versioned_ref[slot] >> SLOT_BITS
-            if version == sid >> SLOT_BITS:
-                return Status.LIVE
-            if version == (sid >> SLOT_BITS) + 1:
-                return Status.FAILED
-        return Status.GONE
+        return status_of(self.segment, operator.index(sid))
 
     def set_failed(self, sid: int, code: int, text: str) -> int:
         """Fail a socket: DONE for the one winner, RECYCLED if nobody held it any more.
@@ -643,6 +685,15 @@ class Engine(Stripes):
             return False
         self._after_detach(sid, result)
         return True
+
+    def set_descriptor(self, sid: int, number: int) -> None:
+        """Tell the engine this process's duplicate of a socket, -1 when it goes; for C's writes."""
+
+    def set_direct_limit(self, max_bytes: int) -> None:
+        """Tell the engine how long a message may be that C's writes send; see Writers.write."""
+
+    def set_queued(self, sid: int, queued: bool) -> None:
+        """Tell the engine whether messages wait for a socket: the next goes behind them; for C."""
 
     def count(self, slot: int) -> int:
         """How many references this process has on a slot; the local lock should be held."""

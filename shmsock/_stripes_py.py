@@ -32,7 +32,7 @@ import weakref
 
 import posix_ipc
 
-from .errors import ClosedError, StripeTimeoutError
+from .errors import ClosedError, StripeTimeoutError, TableFullError
 from .layout import BROKEN, HEADER_INDEX, LIVE, OWN, WANT
 from .segment import Segment, Semaphores
 
@@ -132,7 +132,7 @@ class Stripes:
                 self.repair(stripe)
                 looked = time.monotonic()
             if now - started >= patience_s:
-                raise StripeTimeoutError(self._blockers(stripe, now - started))
+                raise StripeTimeoutError(blockers(self, stripe, now - started))
             time.sleep(nap_s)
             nap_s = min(2 * nap_s, _NAP_S[1])
 
@@ -200,14 +200,7 @@ class Stripes:
         self.cells.claims[mine] = before | BROKEN
 
     def _check_participation(self) -> int:
-        if self.segment.header[_POISONED]:
-            self.segment.check()
-        # A forked child's inherited engine would claim in its parent's name.
-        if self.foreign or self.closed or self.cells.row_state[self.index] != self.row_word:
-            raise ClosedError(
-                f"this process is no participant of runtime {self.segment.name!r} any more: "
-                "Runtime.attach again"
-            )
+        check_participation(self)
         return 0
 
     def own_up(self) -> None:
@@ -241,13 +234,54 @@ class Stripes:
                 self._holds.pop(slot)
         self.cells.claims[mine] = self.cells.claims[mine] | BROKEN
 
-    def _blockers(self, stripe: int, waited_s: float) -> str:
-        names = {WANT: "WANT", OWN: "OWN", BROKEN: "BROKEN"}
-        found = []
-        for index in range(self._processes):
-            claim = self.cells.claims[index * self._stripes + stripe]
-            if claim and index != self.index:
-                pid = self.cells.row_pid[index]
-                found.append(f"process {index} (pid {pid}) claims {names[claim & 3]}")
-        who = ", ".join(found) or "no process claims it"
-        return f"stripe {stripe} could not be taken in {waited_s:.1f} s: {who}"
+
+# -- words for errors, of both engines ----------------------------------------------------------
+
+
+class Participant(typing.Protocol):
+    """What the words below need of an engine."""
+
+    segment: Segment
+    closed: bool
+    foreign: bool
+
+    @property
+    def index(self) -> int:
+        """Its process row."""
+
+    @property
+    def row_word(self) -> int:
+        """What its row holds as long as nobody fenced it: ``epoch << 8 | LIVE``."""
+
+
+def check_participation(engine: Participant) -> None:
+    """Raise what keeps a process out of the stripes: poisoned, closed, fenced or forked."""
+    segment = engine.segment
+    segment.check()
+    # A forked child's inherited engine would claim in its parent's name.
+    if engine.foreign or engine.closed or segment.cells.row_state[engine.index] != engine.row_word:
+        raise ClosedError(
+            f"this process is no participant of runtime {segment.name!r} any more: "
+            "Runtime.attach again"
+        )
+
+
+def blockers(engine: Participant, stripe: int, waited_s: float) -> str:
+    """Who claims a stripe, for StripeTimeoutError."""
+    names = {WANT: "WANT", OWN: "OWN", BROKEN: "BROKEN"}
+    segment, found = engine.segment, []
+    for index in range(segment.layout.processes):
+        claim = segment.cells.claims[index * segment.layout.stripes + stripe]
+        if claim and index != engine.index:
+            pid = segment.cells.row_pid[index]
+            found.append(f"process {index} (pid {pid}) claims {names[claim & 3]}")
+    who = ", ".join(found) or "no process claims it"
+    return f"stripe {stripe} could not be taken in {waited_s:.1f} s: {who}"
+
+
+def table_full(slots: int) -> TableFullError:
+    """What create raises."""
+    return TableFullError(
+        f"all {slots} slots are in use: raise `slots` of Runtime.create "
+        "(or --slots of `shmsock serve`), or close connections"
+    )

@@ -55,13 +55,13 @@ class Entry:
 
     Attributes:
         sock: The number, wrapped without asking the kernel what it is.
-        used: When it was last used, as a tick of the cache.
+        used_ns: When it was last used.
         pollers: The epolls it is registered in, which must forget it before it is closed.
         told: Whether this process knows that the socket is its own: created here, or passed. Who
             becomes the owner of one that it had only written to is still to be told.
     """
 
-    __slots__ = ("fd", "inode", "pollers", "put", "sid", "sock", "told", "used")
+    __slots__ = ("fd", "inode", "pollers", "put", "sid", "sock", "told", "used_ns")
 
     def __init__(self, sid: int, sock: socket.socket) -> None:
         """A fresh entry, in no epoll."""
@@ -69,7 +69,7 @@ class Entry:
         self.sock = sock
         self.fd = sock.fileno()
         self.inode = os.fstat(self.fd).st_ino  # tells whether foreign code has reused the number
-        self.used = 0
+        self.used_ns = 0
         self.pollers: list[collections.abc.Callable[[int], None]] = []
         self.put = False  # whether the host has it, if it should
         self.told = False
@@ -134,7 +134,6 @@ class Descriptors:
         self._service = service
         self._hello = (segment.inode, engine.index, epoch)
         self._entries: dict[int, Entry] = {}
-        self._ticks = 0
         self._limit = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._idle_fetchers: list[socket.socket] = []
         self._link: channel.Link | None = None
@@ -160,8 +159,7 @@ class Descriptors:
             entry = self._entries.get(sid)
             if entry is None:
                 raise LookupError(sid)
-        self._ticks += 1
-        entry.used = self._ticks
+        entry.used_ns = time.monotonic_ns()
         return entry
 
     def peek(self, sid: int) -> Entry | None:
@@ -177,7 +175,10 @@ class Descriptors:
     def _keep(self, entry: Entry) -> Entry:
         if len(self._entries) >= self._limit:
             self._evict()
-        kept = self._entries.setdefault(entry.sid, entry)
+        with self._engine.lock:  # or a discard in between would leave the engine a closed number
+            kept = self._entries.setdefault(entry.sid, entry)
+            if kept is entry:
+                self._engine.set_descriptor(entry.sid, entry.fd)
         if kept is not entry:
             self._close(entry)
         return kept
@@ -381,6 +382,7 @@ class Descriptors:
                 self._engine.marked.add(sid)
                 return
             del self._entries[sid]
+            self._engine.set_descriptor(sid, -1)
             self._engine.marked.discard(sid)
         self._close(entry)
         # A consumer or a queue that waits for an event of this number waits in vain.
@@ -453,12 +455,17 @@ class Descriptors:
                 and self._cells.kind[sid & SLOT_MASK] != _LISTENER  # held for the next host
                 and all(forget == self._service.unwatch for forget in entry.pollers)
             ]
-            idle.sort(key=lambda entry: entry.used)
+            idle.sort(key=self._used_ns)
             evicted = idle[: max(1, len(self._entries) // 10)]
             for entry in evicted:
                 del self._entries[entry.sid]
+                self._engine.set_descriptor(entry.sid, -1)
         for entry in evicted:
             self._close(entry)
+
+    def _used_ns(self, entry: Entry) -> int:
+        """When it was last used: here, or, as the C engine's writes do not come by here, at all."""
+        return max(entry.used_ns, self._cells.written_ns[entry.sid & SLOT_MASK])
 
     def sweep(self) -> None:
         """Close the cached descriptors whose sockets failed or moved on."""

@@ -22,7 +22,8 @@ import numpy as np
 
 from . import descriptors as _descriptors
 from .descriptors import Descriptors, kind_of, peer_of
-from .engine import Engine, NewSocket
+from .engine import NAME as ENGINE
+from .engine import Engine
 from .errors import (
     AlreadyRunningError,
     ClosedError,
@@ -163,6 +164,9 @@ class Runtime(View):
         )
         self._io.writers = self._writers
         self._engine.io = self._io
+        if ENGINE != "py":
+            # The C engine's method itself: a Python one around it would cost four times as much.
+            vars(self)["address"] = self._engine.address
         self._engine.repair = self._repair_stripe
         self._descriptors.peers.is_alive = self._processes.is_alive
         self._service.on_lost = self._disown
@@ -407,16 +411,12 @@ class Runtime(View):
         if len(user_data) > USER_DATA_BYTES:
             raise ValueError(f"user_data holds {USER_DATA_BYTES} bytes, not {len(user_data)}")
         word = self._engine.word if owner is None else self._word_of(owner)
-        new = NewSocket(
-            owner=word,
-            inode=os.fstat(sock.fileno()).st_ino,
-            kind=kind_of(sock),
-            on_owner_death=ON_OWNER_DEATH.index(on_owner_death),
-            peer=peer_of(sock).encode("utf-8", "replace")[:PEER_BYTES],
-            user_data=bytes(user_data),
-        )
+        inode, kind = os.fstat(sock.fileno()).st_ino, kind_of(sock)
+        peer = peer_of(sock).encode("utf-8", "replace")[:PEER_BYTES]
+        fate = ON_OWNER_DEATH.index(on_owner_death)
+        made: list[int] = []
         try:
-            sid = self._engine.create(new)
+            sid = self._engine.create(word, inode, kind, fate, peer, bytes(user_data), made)
             held = _descriptors.wrap(sock.detach())
             if word == self._engine.word or self._store is None:
                 self._descriptors.keep(sid, held)
@@ -426,9 +426,8 @@ class Runtime(View):
         except (TableFullError, StripeTimeoutError):
             raise  # nothing was made
         except BaseException:  # nobody else has the id: nobody else would ever end it
-            cells = self._segment.cells
-            if new.slot >= 0 and cells.created_ns[new.slot] == new.created_ns:
-                self._io.set_failed(new.sid, errno.EMFILE, "it could not be created")
+            for sid in made:
+                self._io.set_failed(sid, errno.EMFILE, "it could not be created")
             raise
         return sid
 
@@ -818,6 +817,7 @@ class Runtime(View):
         """
         if self._pid != os.getpid():
             return
+        vars(self).pop("address", None)
         if not self._closed:
             if not self._engine.closed and not self._still_there():
                 self._disown()
@@ -927,6 +927,7 @@ class Runtime(View):
         ORDER: epolls first, then the descriptors they watch; or a peer's end of stream would wait
         for the child, and closing numbers first would leave them in the parent's set.
         """
+        vars(self).pop("address", None)
         self._engine.foreign = True
         self._engine.closed = True  # no inherited reference claims a stripe in the parent's name
         if self._dispatcher is not None:

@@ -467,7 +467,7 @@ class Semaphores:
                 ) from None
         # WHY NOT under a lock: two threads here at once both fail or both succeed; a spare that
         # another thread's file took is opened again at the next timer.
-        self._burn_spare()
+        self.burn_spare()
         try:
             return posix_ipc.Semaphore(path)
         except posix_ipc.ExistentialError:
@@ -475,7 +475,8 @@ class Semaphores:
         finally:
             self.renew_spare()
 
-    def _burn_spare(self) -> None:
+    def burn_spare(self) -> None:
+        """Let the spare descriptors go, for something that needs one for a moment."""
         with contextlib.suppress(IndexError):
             while True:
                 fd, inode = self._spares.pop()
@@ -504,7 +505,7 @@ class Semaphores:
         try:
             handle = self.get(stripe, generation)
             if handle is None:
-                self._burn_spare()
+                self.burn_spare()
                 try:
                     handle = posix_ipc.Semaphore(
                         self.path(stripe, generation), posix_ipc.O_CREX, 0o600, value
@@ -560,7 +561,7 @@ class Semaphores:
         for handles in self._handles:
             while handles:
                 handles.popitem()[1].close()
-        self._burn_spare()
+        self.burn_spare()
 
 
 def make_run_directory(name: str) -> str:

@@ -9,13 +9,14 @@ import time
 import typing
 
 from .descriptors import Descriptors, Entry
-from .engine import Engine, Reference
+from .engine import Engine, Reference, reference_class
 from .errors import ClosedError, SocketFailedError
 from .layout import LIVE, SLOT_BITS, SLOT_MASK, USER_DATA_BYTES, recycled_version
 from .segment import Segment
 from .writing import Buffer, Writers
 
 
+@reference_class
 class SocketRef(Reference):
     """A counted hold on a socket, from ``Runtime.address``.
 

@@ -21,6 +21,7 @@ import collections
 import collections.abc
 import errno
 import logging
+import os
 import random
 import select
 import socket
@@ -45,6 +46,7 @@ Buffer = bytes | bytearray | memoryview
 log = logging.getLogger("shmsock")
 
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+_NOT_NOW = (errno.EAGAIN, errno.EINTR, errno.ENOBUFS)
 _TRIES = 3
 _BACK_OFF_S = (100e-6, 10e-3)
 _GIVE_AGAIN_S = 0.1
@@ -102,6 +104,7 @@ class Writers:
     ) -> None:
         """Nothing is queued."""
         self.max_unwritten_bytes = max_unwritten_bytes
+        engine.set_direct_limit(max_unwritten_bytes)
         self._engine = engine
         self._cells = engine.cells
         self._descriptors = descriptors
@@ -148,14 +151,38 @@ class Writers:
                 self._enqueue(reference, rest, turn=True, partial=sent > 0)
                 return
             self._count(sid, sent, 1)
-            self._give_turn(sid)
+            self.give_turn(sid)
         except (OverCrowdedError, SocketFailedError, StripeTimeoutError):
             raise  # no message is under way
         except BaseException:
             self._interrupted(sid)
             raise
 
-    def _give_turn(self, sid: int) -> None:
+    def finish(
+        self, reference: Reference, buffers: tuple[bytes, ...], sent: int, code: int
+    ) -> None:
+        """Go on where the C engine's ``write`` left off: it has the turn, and sent a part.
+
+        Args:
+            reference: The socket.
+            buffers: The message.
+            sent: How many bytes of it the kernel took.
+            code: The errno of a send that failed, else 0.
+        """
+        sid = reference.id
+        try:
+            if code and code not in _NOT_NOW:
+                self._fail(sid, code, os.strerror(code))
+                raise SocketFailedError(*self._error_of(sid))
+            self._count(sid, sent, 0)
+            self._enqueue(reference, _join(buffers)[sent:], turn=True, partial=sent > 0)
+        except (OverCrowdedError, SocketFailedError, StripeTimeoutError):
+            raise  # no message is under way
+        except BaseException:
+            self._interrupted(sid)
+            raise
+
+    def give_turn(self, sid: int) -> None:
         """The message is out: whatever keeps the turn from being given is no error of its writer.
 
         CRASH(give_turn): killed before it, the turn is found with a dead writer and the socket is
@@ -165,7 +192,7 @@ class Writers:
             self._engine.give_turn(sid)
         except StripeTimeoutError as error:
             log.warning("a write turn is given back later: %s", error)
-            self._service.call_later(_GIVE_AGAIN_S, lambda: self._give_turn(sid))
+            self._service.call_later(_GIVE_AGAIN_S, lambda: self.give_turn(sid))
             self._service.ensure()
         except BaseException:
             self._interrupted(sid)
@@ -209,7 +236,7 @@ class Writers:
         except (BlockingIOError, InterruptedError):
             return 0
         except OSError as error:
-            if error.errno == errno.ENOBUFS:
+            if error.errno in _NOT_NOW:
                 return 0
             self._fail(sid, error.errno or errno.EPIPE, error.strerror or str(error))
             raise SocketFailedError(*self._error_of(sid)) from error
@@ -264,6 +291,7 @@ class Writers:
             if queue is None:
                 queue = Queue(reference.add_reference())
                 self._queues[sid] = queue
+                self._engine.set_queued(sid, True)
             if turn:
                 # Ours is under way: whatever another thread queued meanwhile comes behind it.
                 queue.messages.appendleft(message)
@@ -369,8 +397,9 @@ class Writers:
             done = not queue.messages
             if done:
                 del self._queues[sid]
+                self._engine.set_queued(sid, False)
         queue.turn = False
-        self._give_turn(sid)
+        self.give_turn(sid)
         if done:
             queue.reference.close()
         elif sent < size:
@@ -410,6 +439,7 @@ class Writers:
         """Drop what waits for a failed socket."""
         with self._lock:
             queue = self._queues.pop(sid, None)
+            self._engine.set_queued(sid, False)
         if queue is not None:
             queue.messages.clear()
             queue.reference.close()

@@ -87,9 +87,12 @@ def leak_guard() -> collections.abc.Iterator[None]:
 
 
 def _engines() -> list[types.ModuleType]:
-    found = [importlib.import_module("shmsock._engine_py")]
-    with contextlib.suppress(ImportError):
-        found.append(importlib.import_module("shmsock._engine"))
+    """Those that this build has; with SHMSOCK_ENGINE only the one it names."""
+    wanted = os.environ.get("SHMSOCK_ENGINE") or "c py"
+    found = []
+    for name in wanted.split():
+        with contextlib.suppress(ImportError):
+            found.append(importlib.import_module(f"shmsock._engine_{name}"))
     return found
 
 

@@ -345,7 +345,7 @@ class Member:
 
     def new(self, **fields: typing.Any) -> int:
         """Create a socket that this member owns."""
-        return int(self.engine.create(self.module.NewSocket(**{"owner": self.word, **fields})))
+        return int(self.engine.create(**{"owner": self.word, **fields}))
 
     @property
     def word(self) -> int:

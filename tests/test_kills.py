@@ -27,6 +27,8 @@ SEED = int(os.environ.get("SHMSOCK_TEST_SEED", "20261125"))
 def stage(
     engine_module: types.ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> collections.abc.Iterator[Stage]:
+    if engine_module.NAME != "py":
+        pytest.skip("no bytecode of it; its named kill points: tests/test_recovery.py")
     # What is raised in a finaliser ends there, and pytest would warn of each.
     monkeypatch.setattr("sys.unraisablehook", id)
     with Stage(engine_module) as made:

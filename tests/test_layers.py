@@ -25,24 +25,26 @@ RANK = {
     "wishes": 2,
     "_stripes_py": 3,
     "_engine_py": 4,
-    "engine": 5,
+    "_engine": 4,  # C
+    "_engine_c": 5,
+    "engine": 6,
     "peers": 4,
-    "recovery": 6,
-    "mending": 7,
-    "inspection": 8,
+    "recovery": 7,
+    "mending": 8,
+    "inspection": 9,
     "channel": 1,
     "service": 1,
-    "store": 7,
-    "descriptors": 8,
-    "writing": 9,
-    "socket": 10,
-    "dispatcher": 11,
-    "handover": 11,
+    "store": 8,
+    "descriptors": 9,
+    "writing": 10,
+    "socket": 11,
+    "dispatcher": 12,
+    "handover": 12,
     "globs": 0,
     "group_store": 1,
-    "groups": 11,
-    "runtime": 12,
-    "__init__": 13,
+    "groups": 12,
+    "runtime": 13,
+    "__init__": 14,
 }
 
 PUBLIC_SUBMODULES = {"groups"}
@@ -93,7 +95,7 @@ LIBRARY = modules("shmsock")
 
 
 def test_every_module_of_the_library_has_a_rank() -> None:
-    assert set(LIBRARY) == set(RANK)
+    assert set(LIBRARY) | {"_engine"} == set(RANK)
 
 
 @pytest.mark.parametrize("module", LIBRARY)

@@ -180,6 +180,12 @@ def live_sockets(member: Member) -> list[int]:
     ]
 
 
+def only_where_python_is_inside(table: Member) -> None:
+    """Skip a test that interrupts or watches single stores; tests/test_engine_c.py has its twin."""
+    if table.module.NAME != "py":
+        pytest.skip("no Python runs inside a stripe of the C engine")
+
+
 class Scene:
     """Two sockets of one stripe: one that is acted on, and one that must not notice."""
 
@@ -231,15 +237,23 @@ class Scene:
 
 
 def at_every_step(
-    table: Member, prepare: collections.abc.Callable[[Member], Operation]
+    table: Member, prepare: collections.abc.Callable[[Member], Operation], *, repairs: bool = False
 ) -> collections.abc.Iterator[int]:
-    """Let a child die at its first access, then, anew, at its second, until it completes."""
+    """Let a child die at its first access, then, anew, at its second, until it completes.
+
+    In the C engine no access is Python's: there it dies at each kill point that it comes to.
+    Repair is Python with either engine.
+    """
 
     def child(at: int) -> None:
         member = Member.attach(table.name, table.module)
         operation = prepare(member)
         with Steps(member, at, die):
             operation()
+
+    if table.module.NAME == "c" and not repairs:
+        yield from at_every_kill_point(table, prepare)
+        return
 
     for at in range(1, 500):
         with Forked(child, at) as victim:
@@ -252,6 +266,36 @@ def at_every_step(
         assert os.WTERMSIG(status) == signal.SIGKILL
         yield at
     raise AssertionError("the operation never completed")
+
+
+def at_every_kill_point(
+    table: Member, prepare: collections.abc.Callable[[Member], Operation]
+) -> collections.abc.Iterator[int]:
+    """Let a child die at each named kill point of the C engine, each time that it comes to it."""
+
+    def child(point: str, times: int) -> None:
+        operation = prepare(Member.attach(table.name, table.module))
+        table.module.arm(point, signal.SIGKILL, times)
+        operation()
+        table.module.arm("none", 0)
+
+    tried = 0
+    for point in table.module.kill_points():
+        for times in range(1, 100):
+            with Forked(child, point, times) as victim:
+                status = victim.wait()
+            if os.WIFEXITED(status):
+                assert os.WEXITSTATUS(status) == 0
+                yield 0
+                break
+            assert os.WTERMSIG(status) == signal.SIGKILL
+            reached.add(point)
+            tried += 1
+            yield tried
+    assert tried > 4
+
+
+reached: set[str] = set()  # kill points of the C engine at which somebody died
 
 
 # -- killed -------------------------------------------------------------------------------------
@@ -310,6 +354,13 @@ def test_an_offer_to_the_dead_is_cleared_by_whoever_reaps(table: Member) -> None
     assert table.cells.heir[sid & SLOT] == 0
     assert table.cells.owner[sid & SLOT] == table.word
     assert_sound(table)
+
+
+def test_every_kill_point_of_the_c_engine_was_reached(table: Member) -> None:
+    if table.module.NAME != "c" or len(reached) < 2:
+        pytest.skip("the tests above did not run with the C engine")
+    # `withdrawn` needs another process in the way: tests/test_engine_c.py.
+    assert set(table.module.kill_points()) - reached == {"withdrawn"}
 
 
 @pytest.mark.parametrize("what", ["create", "detach", "set_failed", "release"])
@@ -475,6 +526,7 @@ def test_exception_anywhere_in(what: str, gap: int, table: Member, other: Member
 
 
 def test_broken_claim_says_so_and_others_mend_it(table: Member, other: Member) -> None:
+    only_where_python_is_inside(table)
     scene = Scene(table, held=False)
     with Steps(other, 4, interrupt), pytest.raises(KeyboardInterrupt):
         other.engine.set_failed(scene.sid, 1, "")
@@ -506,6 +558,7 @@ def test_broken_process_keeps_what_it_holds_owns_and_writes(table: Member, other
 
 def test_want_is_never_stored_over_a_leftover_claim(table: Member) -> None:
     """A stray OWN of ours would be hidden by WANT: it becomes BROKEN, and the stripe is retired."""
+    only_where_python_is_inside(table)
     table.cells.claims[0] = 1 << 2 | OWN
     written = []
 
@@ -570,7 +623,7 @@ def test_bad_arguments_do_not_break_a_stripe(table: Member) -> None:
             table.engine.set_failed(sid, code, "")
     with pytest.raises(TypeError):
         table.engine.set_failed(sid, typing.cast(int, "5"), "")
-    with pytest.raises(AttributeError):
+    with pytest.raises((AttributeError, TypeError)):
         table.engine.set_failed(sid, 5, typing.cast(str, 5))
     assert table.bytes() == before
     assert table.engine.set_failed(sid, -1, "\ud800" + "ü" * 200)
@@ -602,7 +655,7 @@ def test_crash_of_the_repairer_anywhere_in_retiring(table: Member) -> None:
         return lambda: member.recovery.look()
 
     make_a_mess(table)
-    for at in at_every_step(table, repair):
+    for at in at_every_step(table, repair, repairs=True):
         if at:
             assert table.recovery.audit() != []
         table.recovery.look()
@@ -623,13 +676,15 @@ def test_crash_of_the_reaper_anywhere_in_reaping(table: Member) -> None:
             dying = Member.attach(table.name, table.module)
             kept.extend([dying.engine.address(dying.new()), dying.engine.address(scene.sid)])
             assert dying.engine.take_turn(dying.new())
+            if dying.module.NAME == "c":
+                dying.module.arm("data_filled", signal.SIGKILL)
             with Steps(dying, 8, die):
                 dying.engine.set_user_data(scene.sid, b"x")
 
-        Forked(victim).wait()
+        assert Forked(victim).wait() == signal.SIGKILL
         return lambda: member.recovery.look()
 
-    for _ in at_every_step(table, reap):
+    for _ in at_every_step(table, reap, repairs=True):
         table.recovery.look()
         assert table.processes.taken() == [table.index]
         scene.check("attach")
@@ -665,6 +720,7 @@ def test_crash_while_opening_is_retired_again(table: Member) -> None:
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_token_of_a_retired_semaphore_is_worthless(when: str, table: Member, other: Member) -> None:
     """Two could be inside: whoever has a token looks again whether it still is the stripe's."""
+    only_where_python_is_inside(table)
     old: typing.Any = other.semaphores.get(0, 1)
     claims = []
 

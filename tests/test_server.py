@@ -327,6 +327,9 @@ def test_half_a_message_of_a_killed_worker_ends_that_connection_alone() -> None:
 
 _DIE_INSIDE = """
     import os, signal
+    if shmsock.ENGINE == "c":
+        import shmsock._engine_c
+        shmsock._engine_c.arm("token_taken", signal.SIGKILL)
     semaphores = rt._engine.semaphores
     class Token:
         def __init__(self, inner): self.inner = inner

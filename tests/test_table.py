@@ -462,6 +462,8 @@ def test_id_is_the_one_created_although_the_socket_fails_at_once(
     table: Member, other: Member
 ) -> None:
     """The version was once read again after the stripe: a kick in between gave a later life's."""
+    if table.module.NAME != "py":
+        pytest.skip("nothing can come between in the C engine")
     run = table.engine.run
 
     def run_then_somebody_fails_it(*args: typing.Any, **options: typing.Any) -> int:
@@ -874,9 +876,9 @@ def test_dead_processes_references_come_back_once(table: Member) -> None:
 def test_reference_says_what_it_is(table: Member) -> None:
     sid = table.new()
     reference = table.engine.address(sid)
-    text = format_socket_id(sid)
-    assert repr(reference) == f"<Reference {text} live>"
+    text, kind = format_socket_id(sid), table.module.Reference.__name__
+    assert repr(reference) == f"<{kind} {text} live>"
     table.engine.set_failed(sid, 1, "")
-    assert repr(reference) == f"<Reference {text} failed>"
+    assert repr(reference) == f"<{kind} {text} failed>"
     reference.close()
-    assert repr(reference) == f"<Reference {text} closed>"
+    assert repr(reference) == f"<{kind} {text} closed>"

@@ -434,7 +434,7 @@ def _pairs() -> list[tuple[types.ModuleType, types.ModuleType]]:
     """Each engine with itself, and both on one segment where there are two."""
     modules = [importlib.import_module("shmsock._engine_py")]
     with contextlib.suppress(ImportError):
-        modules.append(importlib.import_module("shmsock._engine"))
+        modules.append(importlib.import_module("shmsock._engine_c"))
     return list(itertools.combinations_with_replacement(modules, 2))
 
 

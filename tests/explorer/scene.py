@@ -113,9 +113,8 @@ class Actor:
 
     def create(self) -> int:
         """Make a socket that this process owns."""
-        new = self.process.module.NewSocket(owner=self.process.engine.word)
         try:
-            sid = self.do("create", new)
+            sid = self.do("create", self.process.engine.word)
         except TableFullError:  # somebody holds the one slot there is
             return 0
         if sid:
@@ -151,10 +150,7 @@ class Scene:
         world.current = first.idle
         for _ in range(ready):
             first.engine._next_stripe = -1
-            new = first.module.NewSocket(
-                owner=first.engine.word, on_owner_death=int(rehomed or given)
-            )
-            first.engine.create(new)
+            first.engine.create(first.engine.word, on_owner_death=int(rehomed or given))
 
     def thread(self, index: int, program: Program) -> Actor:
         """One more thread of process ``index``."""
@@ -286,7 +282,7 @@ class Scene:
                 if engine.run(stripe, lambda *_: 1, -1) != 1:
                     world.violation(f"stripe {stripe} cannot be taken")
             for _ in range(world.memory.raw.state.tolist().count(FREE)):
-                sid = engine.create(process.module.NewSocket(owner=engine.word))
+                sid = engine.create(engine.word)
                 with engine.address(sid) as reference:
                     if engine.set_failed(sid, 1, "") != 1 or not reference.failed:
                         world.violation(f"{sid:#x} could not be failed")

@@ -188,7 +188,7 @@ def runtime_leave(table: Member, sid: int) -> Operation:
     """``Runtime._leave``, with something to give back."""
     runtime = shmsock.Runtime.attach(table.name)
     kept.append(runtime.address(sid))
-    runtime._engine.create(table.module.NewSocket(owner=runtime._engine.word))
+    runtime._engine.create(runtime._engine.word)
     return runtime._leave
 
 
