@@ -35,6 +35,8 @@ class Actor:
         self._stack = stack
         self._ways: dict[str, Send] = {}
         self._acknowledged: socket.socket | None = None
+        self._resting = threading.Event()
+        self._crowd: list[threading.Thread] = []
 
     # -- the owner of the client's socket ---------------------------------------------------
 
@@ -117,6 +119,71 @@ class Actor:
             if not wait(1):
                 raise RuntimeError("the receiver has gone")
         return took
+
+    # -- who computes, and who is in a hurry ------------------------------------------------
+
+    def gather(self, name: str) -> list[int]:
+        """Create a runtime of one stripe with two sockets; their ids."""
+        runtime = self._stack.enter_context(
+            shmsock.Runtime.create(name, slots=64, processes=8, stripes=1)
+        )
+        sids = []
+        for _ in range(2):
+            ours, theirs = socket.socketpair()
+            self._stack.callback(theirs.close)
+            sids.append(runtime.create_socket(ours))
+        return sids
+
+    def come(self, name: str) -> None:
+        """Attach to a runtime."""
+        self._stack.enter_context(shmsock.Runtime.attach(name))
+
+    def compute(self, threads: int, sid: int) -> None:
+        """Compute in so many threads; attach and detach in one more."""
+        address = shmsock.current().address
+
+        def count() -> None:
+            while not self._resting.is_set():
+                sum(range(10_000))
+
+        def attach() -> None:
+            while not self._resting.is_set():
+                reference = address(sid)
+                assert reference is not None
+                reference.close()
+
+        self._resting.clear()
+        self._crowd = [threading.Thread(target=count) for _ in range(threads)]
+        self._crowd.append(threading.Thread(target=attach))
+        for thread in self._crowd:
+            thread.start()
+
+    def rest(self) -> None:
+        """End what ``compute`` began."""
+        self._resting.set()
+        while self._crowd:
+            self._crowd.pop().join()
+
+    def attach(self, sid: int, seconds: float) -> dict[str, float]:
+        """Attach and detach now and then for so long: p50, p99, worst of a pair, in nanoseconds.
+
+        Now and then: who did it all the time would do it a thousand times while the stripe is free,
+        and wait once while it is not.
+        """
+        address, now = shmsock.current().address, time.monotonic_ns
+        until = now() + int(seconds * 1e9)
+        taken = []
+        started = 0
+        while started < until or len(taken) < 100:
+            time.sleep(500e-6)
+            started = now()
+            reference = address(sid)
+            assert reference is not None
+            reference.close()
+            taken.append(now() - started)
+        taken.sort()
+        at = len(taken) * 99 // 100
+        return {"p50": taken[len(taken) // 2], "p99": taken[at], "worst": taken[-1]}
 
     # -- who dies ---------------------------------------------------------------------------
 

@@ -242,12 +242,14 @@ class Actor:
 
 
 @contextlib.contextmanager
-def actor(*pass_fds: int) -> typing.Iterator[Actor]:
-    """Start one, with these descriptors under the same numbers."""
+def actor(*pass_fds: int, engine: str = "") -> typing.Iterator[Actor]:
+    """Start one, with these descriptors under the same numbers, and, if named, that engine."""
+    environment = {"SHMSOCK_ENGINE": engine} if engine else {}
     with _started(
         [sys.executable, "-m", "bench.actors"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         pass_fds=pass_fds,
+        env={**os.environ, **environment},
     ) as process:
         yield Actor(process)
