@@ -172,7 +172,7 @@ class Actor:
         """
         address, now = shmsock.current().address, time.monotonic_ns
         until = now() + int(seconds * 1e9)
-        taken = []
+        taken: list[int] = []
         started = 0
         while started < until or len(taken) < 100:
             time.sleep(500e-6)

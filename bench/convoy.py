@@ -18,7 +18,7 @@ from . import programs
 from .measure import Bench, Measure, Plan, Sampler, UnavailableError, interleave
 
 THREADS = 4  # of one process, that compute
-ENGINES = {"C engine": "c", "Python engine": "py"}
+ENGINES = {"shmsock": "c", "Python engine": "py"}  # what the C engine is compared with
 
 
 @contextlib.contextmanager

@@ -52,8 +52,8 @@ take(Table *t, uint32_t stripe, uint64_t generation, sem_t *sem)
     /* ORDER: OWN before the generation; partner: barrier() in Recovery.retire. */
     atomic_signal_fence(memory_order_seq_cst);
     KP(own_stored);
-    /* ORDER: acquire; partner: the store of ctl that opened this generation: what the recount before
-     * it stored is visible. What the last one inside stored came with its token. */
+    /* ORDER: acquire; partner: the store of ctl that opened this generation: what the recount
+     * before it stored is visible. What the last one inside stored came with its token. */
     if (atomic_load_explicit(&t->ctl[stripe], memory_order_acquire) >> 2 != generation) {
         /* Retired meanwhile: the token is worthless, never post it. */
         atomic_store_explicit(claim, 0, memory_order_release);

@@ -71,7 +71,7 @@ kill_point(int point)
 }
 #define KP(name) kill_point(KP_##name)
 
-/* -- the columns -------------------------------------------------------------------------------- */
+/* -- the columns ------------------------------------------------------------------------------- */
 
 typedef struct {
     uint32_t slots, processes, stripes, block;
@@ -101,7 +101,7 @@ typedef struct {
     size_t peer_bytes, user_data_bytes;
 } NewSocket;
 
-/* -- small things ------------------------------------------------------------------------------- */
+/* -- small things ------------------------------------------------------------------------------ */
 
 static inline uint64_t
 now_ns(void)
@@ -156,7 +156,7 @@ is_live(const Table *t, uint32_t slot, uint64_t sid)
     return GET(state, slot) == LIVE && version_of(t, slot) == sid >> 32;
 }
 
-/* -- the transitions ---------------------------------------------------------------------------- */
+/* -- the transitions --------------------------------------------------------------------------- */
 
 /* End a life. ORDER: RECYCLING first, FREE last; any prefix is finished by recount, which calls the
  * Python twin. A released socket goes through the odd version before `retired` is cleared, so that

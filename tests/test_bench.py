@@ -25,6 +25,7 @@ _MEASURES = {
     "address": {"address + release, attached"},
     "attach": {"address + release, attach + detach"},
     "create": {"create + fail + recycle"},
+    "convoy": {f"attach + detach beside a crowd, {figure}" for figure in ("p50", "p99", "worst")},
     "push": {
         f"push across workers, {figure}" for figure in ("p50", "p90", "p99", "time in the call p50")
     },
@@ -59,6 +60,7 @@ _PEERS = {
     "address": _REFERENCE_PEERS,
     "attach": _REFERENCE_PEERS,
     "create": {"plain socketpair"},
+    "convoy": {"Python engine", "C engine, nobody computes"},
     "push": {
         "plain send",
         "Redis pub/sub, to the subscriber",

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import types
 import typing
 import warnings
 
@@ -21,6 +22,7 @@ import shmsock
 from .helpers import REPOSITORY, WATCHDOG_S, Forked, connected, descriptors, wait_until
 
 _LOCKS = (type(threading.Lock()), type(threading.RLock()), threading.Condition)
+_OURS = "LocalLock"  # the C engine's
 
 
 def library_locks() -> dict[str, typing.Any]:
@@ -30,15 +32,17 @@ def library_locks() -> dict[str, typing.Any]:
     def look(where: str, value: object) -> None:
         values = list(value.values()) if isinstance(value, dict) else [value]
         for each in values:
-            if isinstance(each, _LOCKS):
+            if isinstance(each, _LOCKS) or type(each).__name__ == _OURS:
                 found.setdefault(id(each), (where, each))
 
     for thing in gc.get_objects():
         module = getattr(type(thing), "__module__", "")
         if isinstance(module, str) and module.startswith("shmsock"):
             attributes = dict(getattr(thing, "__dict__", {}))
-            for slot in getattr(type(thing), "__slots__", ()):
-                attributes[slot] = getattr(thing, slot, None)
+            for kind in type(thing).__mro__:
+                for slot, descriptor in vars(kind).items():
+                    if isinstance(descriptor, types.MemberDescriptorType):
+                        attributes[slot] = getattr(thing, slot, None)
             for attribute, value in attributes.items():
                 look(f"{type(thing).__name__}.{attribute}", value)
     for name, module in list(sys.modules.items()):

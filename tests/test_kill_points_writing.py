@@ -7,6 +7,7 @@ there. Each test is a line of DESIGN section 10's table.
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import signal
 import socket
@@ -14,7 +15,7 @@ import typing
 
 import pytest
 
-from shmsock import Runtime, Status
+from shmsock import ENGINE, Runtime, Status
 
 from .helpers import WATCHDOG_S, Forked, connected, read_to_end, wait_until
 from .test_kill_points_channel import assert_nobody_has, inode_of, state_of
@@ -36,6 +37,10 @@ def stop(*_: object) -> int:
     return 0
 
 
+# Where the C engine's own write stops; what is in the way of it is Python's write in either engine.
+C_POINTS = {BEFORE: "before_want", WITH: "given", AFTER: "message_counted"}
+
+
 class Stops:
     """An engine that stops its process at one call."""
 
@@ -52,7 +57,10 @@ def write_and_stop(runtime: Runtime, sid: int, state: str) -> None:
     assert reference is not None
     reference.fileno()
     writers: typing.Any = runtime._writers
-    if state == BEFORE:
+    if ENGINE == "c" and state in C_POINTS:
+        module: typing.Any = importlib.import_module("shmsock._engine")
+        module.arm(C_POINTS[state], signal.SIGSTOP)
+    elif state == BEFORE:
         writers._engine = Stops(writers._engine, "take_turn")
     elif state == WITH:
         writers._send = stop
