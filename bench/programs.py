@@ -186,6 +186,18 @@ def redis_server() -> typing.Iterator[Server]:
             yield Server(port, process.pid)
 
 
+@contextlib.contextmanager
+def answerer(loop: str) -> typing.Iterator[Server]:
+    """``bench.answerers`` under one of its event loops."""
+    command = [sys.executable, "-m", "bench.answerers", loop]
+    with _started(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()  # empty if it ended
+        if not line:
+            raise BrokenError(f"bench.answerers {loop} did not start; what it said is above")
+        yield Server(int(line), process.pid)
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -13,10 +13,11 @@ import os
 import subprocess
 import typing
 
-from . import programs
+from . import answerers, programs
 from .measure import Bench, BrokenError, Measure, Plan, interleave
 
 OURS, PEER = "shmsock", "redis-server"
+FLOORS = {f"{loop}, no parsing": loop for loop in answerers.LOOPS}
 CONNECTIONS = 50
 PIPELINES = (1, 16)
 REQUESTS = {
@@ -41,6 +42,8 @@ def _run(plan: Plan) -> list[Measure]:
             OURS: stack.enter_context(programs.shmsock_server(workers())),
             PEER: stack.enter_context(programs.redis_server()),
         }
+        for label, loop in FLOORS.items():
+            servers[label] = stack.enter_context(programs.answerer(loop))
         for pipeline in PIPELINES:
             for name, request in REQUESTS.items():
                 plan.report(f"requests: {name}, -P {pipeline}")
@@ -96,8 +99,9 @@ BENCHES = (
         "requests",
         "requests per second and server CPU per request",
         f"redis-benchmark -c {CONNECTIONS} with -P {' and -P '.join(map(str, PIPELINES))} against "
-        "`shmsock serve` (one worker per core, at least 2) and redis-server (one thread, nothing "
-        "saved). CPU: utime + stime of every process of the server, supervisor included, over the "
+        "`shmsock serve` (one worker per core, at least 2), redis-server (one thread, nothing "
+        "saved), and an asyncio.Protocol server that answers without parsing, under asyncio's own "
+        "loop and uvloop's (one process). CPU: utime + stime of every process of the server, supervisor included, over the "
         "requests of the run; accepting and closing the connections is in it. Counted in ticks of "
         "10 ms.",
         _run,

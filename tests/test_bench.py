@@ -66,7 +66,7 @@ _PEERS = {
         "Redis pub/sub, to the subscriber",
         "Redis pub/sub, forwarded to the client",
     },
-    "requests": {"redis-server"},
+    "requests": {"redis-server", "asyncio, no parsing", "uvloop, no parsing"},
     "take": {"posix_ipc acquire(), release()", "posix_ipc acquire(0), release()"},
     "holds": {"the kernel reports the death"},
     "rehome": {"the kernel reports the death"},
