@@ -101,9 +101,9 @@ BENCHES = (
         f"redis-benchmark -c {CONNECTIONS} with -P {' and -P '.join(map(str, PIPELINES))} against "
         "`shmsock serve` (one worker per core, at least 2), redis-server (one thread, nothing "
         "saved), and an asyncio.Protocol server that answers without parsing, under asyncio's own "
-        "loop and uvloop's (one process). CPU: utime + stime of every process of the server, supervisor included, over the "
-        "requests of the run; accepting and closing the connections is in it. Counted in ticks of "
-        "10 ms.",
+        "loop and uvloop's (one process). CPU: utime + stime of every process of the server, "
+        "supervisor included, over the requests of the run; accepting and closing the connections "
+        "is in it. Counted in ticks of 10 ms.",
         _run,
     ),
 )

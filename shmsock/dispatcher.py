@@ -1,7 +1,7 @@
 """One epoll loop a process: tells consumers that their sockets can be read.
 
-Edge-triggered, events coalesced, one handler at a time for a socket, which reads until EAGAIN.
-Hang-ups and errors are hints; recv tells.
+Edge-triggered, events coalesced, one handler at a time for a socket, which reads until EAGAIN, or
+until a short read says the same (``data_only``). Hang-ups and errors are hints; recv tells.
 
 The kernel facts that shape it: an epoll set holds open file descriptions, not numbers, and ours are
 shared with other processes. A number that is closed while it is registered stays in the set as long
@@ -27,7 +27,7 @@ import threading
 import typing
 
 from .errors import ClosedError, PoisonedError, StripeTimeoutError
-from .layout import format_socket_id
+from .layout import KIND_NAMES, SLOT_MASK, format_socket_id
 from .service import Timer, close_epoll, is_intact
 from .socket import SocketRef
 
@@ -39,7 +39,8 @@ log = logging.getLogger("shmsock")
 Callback = collections.abc.Callable[[SocketRef], typing.Any]
 OnFailed = collections.abc.Callable[[int, int, str], object]
 
-_EVENTS = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
+_EVENTS = select.EPOLLIN | select.EPOLLPRI | select.EPOLLRDHUP | select.EPOLLET
+_TCP = KIND_NAMES.index("tcp")
 _BATCH = 128
 
 
@@ -50,10 +51,17 @@ class Consumer(typing.NamedTuple):
     fd: int
     callback: Callback
     on_failed: OnFailed | None
+    tcp: bool
 
 
 class Dispatcher:
-    """Dispatches one process's sockets; its own ``fileno`` can be polled, so it nests."""
+    """Dispatches one process's sockets; its own ``fileno`` can be polled, so it nests.
+
+    Attributes:
+        data_only: For a consumer that is being called: a recv that gave fewer bytes than were asked
+            for has taken everything, and whatever comes later is a new event. Read on otherwise:
+            there may be an end of the stream, or more.
+    """
 
     def __init__(self, runtime: Runtime) -> None:
         """One a runtime and process.
@@ -69,6 +77,7 @@ class Dispatcher:
         self._by_fd: dict[int, Consumer | collections.abc.Callable[[], object]] = {}
         self._again: collections.deque[Consumer] = collections.deque()
         self._arrived: collections.abc.Callable[[list[int]], object] | None = None
+        self.data_only = False
         self._stopping = False
         self._lost = False
         self._wake_fd = -1
@@ -118,7 +127,8 @@ class Dispatcher:
             return False
         with reference:
             entry = reference._io.entry(reference)
-            consumer = Consumer(sid, entry.fd, callback, on_failed)
+            tcp = self._runtime._segment.cells.kind[sid & SLOT_MASK] == _TCP
+            consumer = Consumer(sid, entry.fd, callback, on_failed, tcp)
             self._consumers[sid] = consumer
             self._by_fd[entry.fd] = consumer
             entry.pollers.append(self._forget)
@@ -251,6 +261,7 @@ class Dispatcher:
         except BaseException:
             # Edges were taken from the kernel that it will not report again: a signal handler's
             # exception may strike between any two lines. So everybody is asked once more.
+            self.data_only = False
             self._again.extend(self._consumers.values())
             self._wake()
             raise
@@ -265,22 +276,31 @@ class Dispatcher:
             raise ClosedError(f"foreign code closed the dispatcher's epoll: {error}") from None
 
     def _run_batch(self, events: list[tuple[int, int]], adopted: bool) -> None:
-        batch = [(fd, self._by_fd.get(fd)) for fd, _ in events]
+        batch = [(fd, happened, self._by_fd.get(fd)) for fd, happened in events]
         again, self._again = self._again, collections.deque()
-        for fd, target in batch:
+        in_service = False
+        for fd, happened, target in batch:
             if isinstance(target, Consumer):
+                # A short read of TCP is the end of what came before it, and every byte, end and
+                # error after this event is another event. But it is short too before an end that
+                # this event reports, or at an urgent mark (EPOLLPRI): those are not told again.
+                # WHY NOT unix: it stops short at a message that carries descriptors.
+                self.data_only = happened == select.EPOLLIN and target.tcp
                 self._dispatch(target)
             elif target is not None and self._by_fd.get(fd) is target:
                 self._call(target)
             elif fd == self._wake_fd:
                 with contextlib.suppress(OSError):
                     os.eventfd_read(fd)
+            elif fd == self._service_fd:
+                in_service = True
+        self.data_only = False  # for those who are called again, an event was long ago
         for consumer in again:
             self._dispatch(consumer)
         for _ in range(len(self._soon)):
             self._call(self._soon.popleft())
         if adopted:
-            if any(fd == self._service_fd for fd, _ in events):
+            if in_service:
                 self._service.run_once(0)
             else:
                 self._service.run_due()

@@ -6,7 +6,6 @@ import collections.abc
 import errno
 import socket
 import time
-import typing
 
 from .descriptors import Descriptors, Entry
 from .engine import Engine, Reference, reference_class
@@ -14,6 +13,8 @@ from .errors import ClosedError, SocketFailedError
 from .layout import LIVE, SLOT_BITS, SLOT_MASK, USER_DATA_BYTES, recycled_version
 from .segment import Segment
 from .writing import Buffer, Writers
+
+_DONTWAIT = int(socket.MSG_DONTWAIT)  # an enum's member takes longer to look up than to pass
 
 
 @reference_class
@@ -29,7 +30,7 @@ class SocketRef(Reference):
 
     @property
     def _io(self) -> SocketIO:
-        return typing.cast(SocketIO, self._engine.io)
+        return self._engine.io  # type: ignore[no-any-return]  # a cast would be one more call
 
     def fileno(self) -> int:
         """The number of this process's own duplicate, fetched from the host at first use.
@@ -123,9 +124,20 @@ class SocketRef(Reference):
             BlockingIOError: There is nothing yet.
             OSError: The connection is broken; what came before it was read.
         """
-        data = self._io.entry(self).sock.recv(size_bytes, socket.MSG_DONTWAIT)
-        self._io.count_read(self.id, len(data))
+        io = self._io
+        data = io.entry(self).sock.recv(size_bytes, _DONTWAIT)
+        io.count_read(self.id, len(data))
         return data
+
+    def recv_into(self, buffer: Buffer) -> int:
+        """Read what is there into ``buffer``; how many bytes, 0 at the end of the stream.
+
+        As ``recv``, without a new object for every read.
+        """
+        io = self._io
+        read_bytes = io.entry(self).sock.recv_into(buffer, 0, _DONTWAIT)
+        io.count_read(self.id, read_bytes)
+        return read_bytes
 
     @property
     def busy(self) -> bool:

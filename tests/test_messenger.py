@@ -9,6 +9,7 @@ import collections.abc
 import contextlib
 import errno
 import socket
+import threading
 
 import pytest
 
@@ -97,8 +98,8 @@ class Bench:
         self.messenger = Messenger(runtime, self.dispatcher, (self.first, self.rest))
         self.peers: list[socket.socket] = []
 
-    def connect(self, buffer_bytes: int = 0) -> tuple[int, socket.socket]:
-        ours, peer = connected("tcp", buffer_bytes)
+    def connect(self, buffer_bytes: int = 0, kind: str = "tcp") -> tuple[int, socket.socket]:
+        ours, peer = connected(kind, buffer_bytes)
         peer.setblocking(False)
         self.peers.append(peer)
         sid = self.runtime.create_socket(ours)
@@ -223,6 +224,98 @@ def test_looking_again_for_a_slow_reader_is_one_timer_not_one_a_read(bench: Benc
         bench.run_until(lambda n=number: len(bench.rest.sessions[0].lines) == n + 2)  # type: ignore[misc]
     # Fifty reads; each timer is a tenth of a second apart from the last.
     assert len(looks) < 25
+
+
+# -- how often it is read -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of what was read, 0 for an end; -1 where there was nothing."""
+    sizes: list[int] = []
+    real = shmsock.SocketRef.recv_into
+
+    def recv_into(ref: shmsock.SocketRef, buffer: memoryview) -> int:
+        try:
+            sizes.append(real(ref, buffer))
+        except BlockingIOError:
+            sizes.append(-1)
+            raise
+        return sizes[-1]
+
+    monkeypatch.setattr(shmsock.SocketRef, "recv_into", recv_into)
+    return sizes
+
+
+def test_a_request_costs_one_read(bench: Bench, reads: list[int]) -> None:
+    _, peer = bench.connect()
+    for number in range(5):
+        peer.sendall(b"%d\n" % number)
+        assert bench.hear(peer, 2) == b"%d\n" % number
+    assert reads == [2] * 5
+
+
+def test_what_is_longer_than_the_buffer_is_read_to_its_end(bench: Bench, reads: list[int]) -> None:
+    _, peer = bench.connect()
+    much = b"x" * 200_000 + b"\n"
+    peer.setblocking(True)
+    sender = threading.Thread(target=peer.sendall, args=(much,))
+    sender.start()
+    bench.run_until(lambda: not sender.is_alive(), "all of it is read")
+    sender.join()
+    peer.setblocking(False)
+    assert bench.hear(peer, len(much)) == much
+    assert sum(size for size in reads if size > 0) == len(much)
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+def test_an_end_that_came_with_the_last_bytes_is_not_missed(bench: Bench, kind: str) -> None:
+    sid, peer = bench.connect(kind=kind)
+    peer.sendall(b"one\n")
+    peer.shutdown(socket.SHUT_WR)
+    assert bench.hear(peer, 4) == b"one\n"
+    bench.run_until(lambda: not len(bench.messenger), "the connection has ended")
+    assert bench.runtime.status(sid) is shmsock.Status.GONE
+    assert read_to_end(peer) == b""
+
+
+def test_an_end_that_comes_after_a_short_read_is_an_event_of_its_own(bench: Bench) -> None:
+    _, peer = bench.connect()
+    peer.sendall(b"one\n")
+    assert bench.hear(peer, 4) == b"one\n"
+    peer.shutdown(socket.SHUT_WR)
+    bench.run_until(lambda: not len(bench.messenger), "the connection has ended")
+
+
+def test_what_is_behind_an_urgent_byte_is_read_in_the_same_turn(bench: Bench) -> None:
+    # A read of TCP stops short there, and what was behind is no new event.
+    _, peer = bench.connect()
+    peer.sendall(b"one\n")
+    peer.send(b"!", socket.MSG_OOB)
+    peer.sendall(b"two\n")
+    assert bench.hear(peer, 8) == b"one\ntwo\n"
+
+
+def test_what_is_behind_a_message_with_descriptors_is_read_in_the_same_turn(bench: Bench) -> None:
+    # A read of a unix socket stops short there.
+    _, peer = bench.connect(kind="unix")
+    socket.send_fds(peer, [b"one\n"], [0])
+    peer.sendall(b"two\n")
+    assert bench.hear(peer, 8) == b"one\ntwo\n"
+
+
+def test_a_connection_that_is_finished_outside_an_event_is_read_until_there_is_nothing(
+    bench: Bench, reads: list[int]
+) -> None:
+    _, peer = bench.connect()
+    peer.sendall(b"one\n")
+    peer.shutdown(socket.SHUT_WR)
+    bench.messenger.drain()
+    assert reads[-1] in (-1, 0)
+    assert read_to_end(peer) == b"one\n"
+
+
+# -- how it ends ----------------------------------------------------------------------------------
 
 
 def test_a_session_that_is_done_is_closed_after_its_last_byte(bench: Bench) -> None:

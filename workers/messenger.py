@@ -73,6 +73,7 @@ class Messenger:
         self._protocols = tuple(protocols)
         self._connections: dict[int, Connection] = {}
         self._draining = False
+        self._buffer = memoryview(bytearray(_READ_BYTES))  # read into, one connection at a time
         # Where to connections should move: an index, or -1 for nowhere now.
         self._heir: collections.abc.Callable[[], int] | None = None
         dispatcher.on_arrival(self.take)
@@ -119,11 +120,15 @@ class Messenger:
     # -- reading --------------------------------------------------------------------------------
 
     def _readable(self, ref: SocketRef) -> bool:
-        """Read until there is nothing more; true to be called again in the next round."""
+        """What the dispatcher calls; true to be called again in the next round."""
+        return self._serve(ref, self._dispatcher.data_only)
+
+    def _serve(self, ref: SocketRef, data_only: bool) -> bool:
+        """Read until there is nothing more, which a short read tells if there is only data."""
         connection = self._connections[ref.id]
         ref.busy = True
         try:
-            more = self._read(ref, connection)
+            more = self._read(ref, connection, data_only)
         except (SocketFailedError, OverCrowdedError) as error:
             code = error.code if isinstance(error, SocketFailedError) else errno.ENOBUFS
             ref.set_failed(code, str(error))
@@ -132,21 +137,24 @@ class Messenger:
         self._when_idle(ref, connection)
         return more
 
-    def _read(self, ref: SocketRef, connection: Connection) -> bool:
+    def _read(self, ref: SocketRef, connection: Connection, data_only: bool) -> bool:
+        buffer = self._buffer
         for _ in range(_READS_A_ROUND):
             try:
-                data = ref.recv(_READ_BYTES)
+                size = ref.recv_into(buffer)
             except (BlockingIOError, InterruptedError):
                 return False
             except OSError as error:
                 ref.set_failed(error.errno or errno.EIO, error.strerror or "read failed")
                 return False
-            if not data:
+            if not size:
                 # The peer will send no more, but may still read: what is queued goes out first.
                 self._close(ref, connection)
                 return False
-            if not connection.closing and not self._feed(ref, connection, data):
+            if not connection.closing and not self._feed(ref, connection, bytes(buffer[:size])):
                 self._close(ref, connection)
+            if data_only and size < _READ_BYTES:
+                return False
         return True
 
     def _feed(self, ref: SocketRef, connection: Connection, data: bytes) -> bool:
@@ -287,4 +295,4 @@ class Messenger:
         ref = self._runtime.address(sid)
         if ref is not None:
             with ref:
-                self._readable(ref)
+                self._serve(ref, False)
