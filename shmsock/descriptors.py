@@ -16,6 +16,7 @@ While there is no host it is asked of the socket's owner, then of everybody (``p
 
 from __future__ import annotations
 
+import collections
 import collections.abc
 import contextlib
 import errno
@@ -136,6 +137,7 @@ class Descriptors:
         self._entries: dict[int, Entry] = {}
         self._limit = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._idle_fetchers: list[socket.socket] = []
+        self._failed: collections.deque[int] = collections.deque()  # hints that wait for the loop
         self._link: channel.Link | None = None
         self._closed = False
         self._wants_link = False  # whether the timer should connect again
@@ -420,7 +422,8 @@ class Descriptors:
         """Hint to the host; a hint that is lost costs one sweep's delay."""
         link = self._link
         if link is not None and not link.closed:
-            self._service.call_soon(functools.partial(link.tell, channel.FAILED, [sid]))
+            self._failed.append(sid)
+            self._service.call_soon(self._tell_all_failed)
             return
         sock = None
         try:
@@ -433,6 +436,17 @@ class Descriptors:
                 self.peers.tell_failed(sid)
         else:
             self._idle_fetchers.append(sock)
+
+    def _tell_all_failed(self) -> None:
+        """What ended in one turn of the loop leaves in one message: connections end in bunches.
+
+        WHY NOT schedule it for the first alone: an exception between the two lines would leave all
+        later ones waiting for a call that never comes. Called again it finds nothing.
+        """
+        failed = [self._failed.popleft() for _ in range(len(self._failed))]
+        link = self._link
+        if failed and link is not None:
+            link.tell(channel.FAILED, failed)
 
     def _told_failed(self, sid: int) -> None:
         """Another process failed a socket and had no descriptor to shut down: we have."""
