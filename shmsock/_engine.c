@@ -42,23 +42,20 @@
 
 /* -- the engine: its life ---------------------------------------------------------------------- */
 
-/* Map the same pages once more, without a descriptor: mremap(2) with an old size of 0. */
+/* Map the same pages once more, without a descriptor: mremap(2) with an old size of 0.
+ *
+ * Where that is refused (valgrind knows no such call) we hold the runtime's own mapping. On Python
+ * before 3.13 that keeps a descriptor open as long as any reference lives. */
 static int
 map_again(Engine *self, PyObject *mapping)
 {
-    Py_buffer view;
-    if (PyObject_GetBuffer(mapping, &view, PyBUF_WRITABLE) < 0)
+    if (PyObject_GetBuffer(mapping, &self->view, PyBUF_WRITABLE) < 0)
         return -1;
-    void *again = mremap(view.buf, 0, (size_t)view.len, MREMAP_MAYMOVE);
-    int code = errno;
-    self->mapping_bytes = (size_t)view.len;
-    PyBuffer_Release(&view);
-    if (again == MAP_FAILED) {
-        errno = code;
-        PyErr_SetFromErrno(PyExc_OSError);
-        return -1;
-    }
-    self->mapping = again;
+    self->mapping_bytes = (size_t)self->view.len;
+    void *again = mremap(self->view.buf, 0, self->mapping_bytes, MREMAP_MAYMOVE);
+    self->mapping = again == MAP_FAILED ? self->view.buf : again;
+    if (again != MAP_FAILED)
+        PyBuffer_Release(&self->view); /* its obj is NULL from here on */
     return 0;
 }
 
@@ -201,7 +198,9 @@ Engine_dealloc(Engine *self)
     free(self->descriptors);
     free(self->pending);
     Py_XDECREF(OBJECT(self->lock));
-    if (self->mapping != NULL)
+    if (self->view.obj != NULL)
+        PyBuffer_Release(&self->view);
+    else if (self->mapping != NULL)
         munmap(self->mapping, self->mapping_bytes);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
     Py_DECREF(type);

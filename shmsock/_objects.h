@@ -26,6 +26,7 @@ typedef struct {
     /* A mapping of our own: the runtime may unmap its own under references that still look. */
     char *mapping;
     size_t mapping_bytes;
+    Py_buffer view; /* where that cannot be had: its, kept from being unmapped; obj is NULL else */
     int closed;  /* left, fenced, or the runtime was closed */
     int foreign; /* inherited by a forked child: everything is inert */
     LocalLock *lock;
