@@ -343,6 +343,15 @@ def test_processes_of_both_engines_share_a_segment(
     host.close()
 
 
+# An editable install finds the extension beside the sources, wherever the package itself is.
+_SAY_WHICH = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+import shmsock
+print(shmsock.ENGINE, shmsock.__file__)
+"""
+
+
 def without_the_extension(directory: str) -> str:
     """A copy of the package as it is installed where there is no compiler."""
     shutil.copytree(
@@ -362,7 +371,7 @@ def run_without(
     def run(engine: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PYTHONPATH": directory, "SHMSOCK_ENGINE": engine}
         return subprocess.run(
-            [sys.executable, "-c", "import shmsock; print(shmsock.ENGINE, shmsock.__file__)"],
+            [sys.executable, "-c", _SAY_WHICH],
             env=environment, cwd=directory, capture_output=True, text=True, check=False,
         )  # fmt: skip
 
