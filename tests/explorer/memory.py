@@ -195,6 +195,9 @@ class Memory:
         self.raw.ctl[:] = 1 << 2 | OPEN
         self._fresh = bytes(self._used)
 
+    def check(self) -> None:
+        """As ``Segment.check``: nobody poisons this one."""
+
     def reset(self) -> None:
         """As after create."""
         self._used[:] = self._fresh
