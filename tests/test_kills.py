@@ -21,6 +21,11 @@ from .kills import deaths, instructions, interrupts, public
 from .kills.stage import DYING, Plan, Stage, Tally, impatient, killed_at
 from .kills.tracing import Pending, Tracer
 
+# WHY NOT newer ones: sys.monitoring runs the exceptions far slower; the command does it in its time.
+pytestmark = pytest.mark.skipif(
+    sys.version_info >= (3, 12), reason="the bytecodes are sampled by sys.settrace, on 3.11"
+)
+
 SEED = int(os.environ.get("SHMSOCK_TEST_SEED", "20261125"))
 
 
@@ -34,6 +39,10 @@ def stage(
     monkeypatch.setattr("sys.unraisablehook", id)
     with Stage(engine_module) as made:
         yield made
+
+
+# A sample may miss the few positions between a token and its OWN claim; the command must not.
+SAMPLED = ("tokens_lost", "retired", "recounted", "reaped")
 
 
 def check(tallies: collections.abc.Iterable[Tally]) -> list[Tally]:
@@ -52,7 +61,7 @@ def check(tallies: collections.abc.Iterable[Tally]) -> list[Tally]:
 def test_a_process_killed_at_any_bytecode_leaves_nothing_that_cannot_be_repaired(
     repair: collections.abc.Callable[[Stage], None], stage: Stage
 ) -> None:
-    tally = Tally("victim")
+    tally = Tally("victim", must=SAMPLED)
     whats = [what for what in DYING if what not in deaths.ROWS]
     deaths.victims(stage, Plan(61, SEED), whats, repair, tally)
     check([tally])
@@ -65,13 +74,13 @@ def test_a_process_killed_while_it_registers_leaves_a_row_that_is_free_again(sta
 
 
 def test_a_repairer_killed_at_any_bytecode_is_followed_by_the_next(stage: Stage) -> None:
-    tally = Tally("repairer")
+    tally = Tally("repairer", must=SAMPLED)
     deaths.repairers(stage, Plan(61, SEED), tally)
     check([tally])
 
 
 def test_the_repairer_may_die_twice(stage: Stage) -> None:
-    tally = Tally("repairer, twice")
+    tally = Tally("repairer, twice", must=SAMPLED)
     deaths.repairers_twice(stage, Plan(50, SEED), tally)
     check([tally])
 
@@ -105,7 +114,7 @@ def test_an_interrupted_call_leaks_nothing_and_tears_no_message(
 
 def test_a_kill_that_is_not_repaired_is_noticed(stage: Stage) -> None:
     """If nobody repairs, the run fails: it would fail if recovery were a stub."""
-    tally = Tally("victim")
+    tally = Tally("victim", must=SAMPLED)
     deaths.victims(stage, Plan(29, 1), ["set_failed"], lambda _: None, tally)
     assert tally.failures
     assert tally.recovered < tally.positions

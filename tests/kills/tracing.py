@@ -39,7 +39,7 @@ PUBLIC = (
     *(f"{name}.py" for name in ("runtime", "dispatcher", "store")),
 )
 
-_TOOL = 4
+_TOOLS = (4, 3, 5)  # of sys.monitoring; hypothesis may have one of them
 _MONITORING: typing.Any = getattr(sys, "monitoring", None)
 
 Act = collections.abc.Callable[[], object]
@@ -52,6 +52,8 @@ class Tracer:
         count: How many protocol bytecodes were about to be executed; from 0 again after ``again``.
         acted: How often ``act`` was called.
     """
+
+    _tool = _TOOLS[0]
 
     def __init__(self, at: int, act: Act, files: tuple[str, ...] = PROTOCOL) -> None:
         self.count = 0
@@ -89,20 +91,26 @@ class Tracer:
 
     def __enter__(self) -> Tracer:
         if _MONITORING is not None:
-            _MONITORING.use_tool_id(_TOOL, "kills")
-            _MONITORING.register_callback(_TOOL, _MONITORING.events.INSTRUCTION, self._instruction)
+            users = {tool: _MONITORING.get_tool(tool) for tool in _TOOLS}
+            Tracer._tool = next(tool for tool, user in users.items() if user in (None, "kills"))
+            if users[Tracer._tool]:  # what is raised on the way out may keep it
+                _MONITORING.free_tool_id(Tracer._tool)
+            _MONITORING.use_tool_id(Tracer._tool, "kills")
+            _MONITORING.register_callback(
+                Tracer._tool, _MONITORING.events.INSTRUCTION, self._instruction
+            )
         self._on()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._off()
         if _MONITORING is not None:
-            _MONITORING.register_callback(_TOOL, _MONITORING.events.INSTRUCTION, None)
-            _MONITORING.free_tool_id(_TOOL)
+            _MONITORING.register_callback(Tracer._tool, _MONITORING.events.INSTRUCTION, None)
+            _MONITORING.free_tool_id(Tracer._tool)
 
     def _on(self) -> None:
         if _MONITORING is not None:
-            _MONITORING.set_events(_TOOL, _MONITORING.events.INSTRUCTION)
+            _MONITORING.set_events(Tracer._tool, _MONITORING.events.INSTRUCTION)
             _MONITORING.restart_events()
         else:
             sys.settrace(self._frame)
@@ -110,7 +118,8 @@ class Tracer:
     @staticmethod
     def _off() -> None:
         if _MONITORING is not None:
-            _MONITORING.set_events(_TOOL, 0)
+            if _MONITORING.get_tool(Tracer._tool) == "kills":  # or it was given back already
+                _MONITORING.set_events(Tracer._tool, 0)
         else:
             sys.settrace(None)
 
