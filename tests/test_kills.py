@@ -21,7 +21,7 @@ from .kills import deaths, instructions, interrupts, public
 from .kills.stage import DYING, Plan, Stage, Tally, impatient, killed_at
 from .kills.tracing import Pending, Tracer
 
-# WHY NOT newer ones: sys.monitoring runs the exceptions far slower; the command does it in its time.
+# WHY NOT newer ones: sys.monitoring runs the exceptions far slower; that is for the command.
 pytestmark = pytest.mark.skipif(
     sys.version_info >= (3, 12), reason="the bytecodes are sampled by sys.settrace, on 3.11"
 )
