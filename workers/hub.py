@@ -36,7 +36,7 @@ from .hub_handlers import DATABASES, VERSIONS, group_of
 Handler = collections.abc.Callable[["RespSession", resp.Command], None]
 
 _LARGE_REPLY_BYTES = 16 << 10
-_PINGS = frozenset((b"PING", b"ping"))
+_PING = [b"PING"]
 
 
 class Hub:
@@ -198,8 +198,10 @@ class RespSession:
                 self._muted = self.info.reply is not Reply.ON
                 self.reply(problem.reply)
                 self._closing = True
-            self._store(ref)
-            self._flush()
+            if self.info is not self._stored:
+                self._store(ref)
+            if self._out:
+                self._flush()
         finally:
             self._ref = None  # it is held for the length of this call only
         return not self._closing
@@ -296,17 +298,17 @@ class RespSession:
         out, parser = self._out, self._parser
         parser.feed(data)
         while not self._closing and (batch := parser.batch()):
-            handled, plain = 0, self._plain
-            for args in batch:
-                handled += 1
-                if plain and len(args) == 1 and args[0] in _PINGS:
-                    out.append(resp.PONG)
-                    continue
-                self._execute(args)
-                if self._closing:
-                    break
-                plain = self._plain
-            self._last = args
+            handled = len(batch)
+            if self._plain and batch.count(_PING) == handled:
+                out.append(resp.PONG * handled)
+                self._last = _PING
+            else:
+                handled = 0
+                for args in batch:
+                    handled += 1
+                    self._execute(args)
+                    if self._closing:
+                        break
             self._messages += handled
             self.hub.commands_processed += handled
 

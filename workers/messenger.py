@@ -73,7 +73,6 @@ class Messenger:
         self._protocols = tuple(protocols)
         self._connections: dict[int, Connection] = {}
         self._draining = False
-        self._buffer = memoryview(bytearray(_READ_BYTES))  # read into, one connection at a time
         # Where to connections should move: an index, or -1 for nowhere now.
         self._heir: collections.abc.Callable[[], int] | None = None
         dispatcher.on_arrival(self.take)
@@ -134,42 +133,46 @@ class Messenger:
             ref.set_failed(code, str(error))
             return False
         self._settle(ref, connection)
-        self._when_idle(ref, connection)
+        if self._draining or self._heir is not None:
+            self._when_idle(ref, connection)
         return more
 
     def _read(self, ref: SocketRef, connection: Connection, data_only: bool) -> bool:
-        buffer = self._buffer
         for _ in range(_READS_A_ROUND):
             try:
-                size = ref.recv_into(buffer)
+                data = ref.recv(_READ_BYTES)
             except (BlockingIOError, InterruptedError):
                 return False
             except OSError as error:
                 ref.set_failed(error.errno or errno.EIO, error.strerror or "read failed")
                 return False
-            if not size:
+            if not data:
                 # The peer will send no more, but may still read: what is queued goes out first.
                 self._close(ref, connection)
                 return False
-            if not connection.closing and not self._feed(ref, connection, bytes(buffer[:size])):
+            session = connection.session
+            if connection.closing:
+                pass
+            elif session is None:
+                if not self._begin(ref, connection, data):
+                    self._close(ref, connection)
+            elif not session.receive(ref, data):
                 self._close(ref, connection)
-            if data_only and size < _READ_BYTES:
+            if data_only and len(data) < _READ_BYTES:
                 return False
         return True
 
-    def _feed(self, ref: SocketRef, connection: Connection, data: bytes) -> bool:
-        """Give bytes to the session; false when it wants the connection closed."""
-        session = connection.session
+    def _begin(self, ref: SocketRef, connection: Connection, data: bytes) -> bool:
+        """What ``Session.receive`` does, before the protocol is known."""
+        head = connection.head + data
+        session = self._recognise(ref, head)
         if session is None:
-            data = connection.head + data
-            session = self._recognise(ref, data)
-            if session is None:
-                connection.head = data
-                if len(data) > _HEAD_BYTES:
-                    ref.set_failed(errno.EPROTO, "no protocol matches its first bytes")
-                return True
-            connection.session, connection.head = session, b""
-        return session.receive(ref, data)
+            connection.head = head
+            if len(head) > _HEAD_BYTES:
+                ref.set_failed(errno.EPROTO, "no protocol matches its first bytes")
+            return True
+        connection.session, connection.head = session, b""
+        return session.receive(ref, head)
 
     def _recognise(self, ref: SocketRef, head: bytes) -> Session | None:
         for protocol in self._protocols:
