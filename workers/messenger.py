@@ -13,6 +13,7 @@ from __future__ import annotations
 import collections.abc
 import errno
 import logging
+import typing
 
 from shmsock import (
     Dispatcher,
@@ -58,6 +59,16 @@ class Connection:
         self.offered = False
 
 
+class Hooks(typing.Protocol):
+    """What an application hears of connections; see ``Application``."""
+
+    def on_connect(self, ref: SocketRef) -> None:
+        """It is read here from now on."""
+
+    def on_failed(self, sid: int, code: int, text: str) -> None:
+        """It was read here, and has ended."""
+
+
 class Messenger:
     """The connections of one worker."""
 
@@ -66,11 +77,13 @@ class Messenger:
         runtime: Runtime,
         dispatcher: Dispatcher,
         protocols: collections.abc.Sequence[Protocol],
+        hooks: Hooks | None = None,
     ) -> None:
-        """Protocols are tried in the order given."""
+        """Protocols are tried in the order given; ``hooks`` hear of connections as such."""
         self._runtime = runtime
         self._dispatcher = dispatcher
         self._protocols = tuple(protocols)
+        self._hooks = hooks
         self._connections: dict[int, Connection] = {}
         self._draining = False
         # Where to connections should move: an index, or -1 for nowhere now.
@@ -100,16 +113,18 @@ class Messenger:
                 self._resume(sid)
             except Exception:  # likewise; what a protocol finds there is the application's
                 log.exception("%s cannot go on here", format_socket_id(sid))
-                self._runtime.set_failed(sid, errno.EPROTO, "its protocol could not go on with it")
+                self._runtime.set_failed(sid, errno.EPROTO, "its worker could not go on with it")
             if self._draining:
                 self._finish(sid)
 
     def _resume(self, sid: int) -> None:
-        """Go on with what an earlier owner left in the user data."""
+        """Tell of it, and go on with what an earlier owner left in the user data."""
         ref = self._runtime.address(sid)
         if ref is None:
             return
         with ref:
+            if self._hooks is not None:
+                self._hooks.on_connect(ref)
             user_data = ref.user_data
             for protocol in self._protocols if user_data else ():
                 if protocol.resumes(user_data):
@@ -284,6 +299,8 @@ class Messenger:
             access.debug("%d ended: %s (error %d)", sid, text, code)
         if connection.session is not None:
             connection.session.end(sid)
+        if self._hooks is not None:
+            self._hooks.on_failed(sid, code, text)
 
     def drain(self) -> None:
         """Close every connection as soon as it is idle; new ones are closed at once."""
