@@ -30,6 +30,7 @@ PUBLIC = [
     "Mended",
     "OverCrowdedError",
     "PoisonedError",
+    "PoolProcessDiedError",
     "ProcessInfo",
     "Runtime",
     "RuntimeNotFoundError",
