@@ -32,7 +32,7 @@ from .writing import Writers
 
 ABORT_SIGNAL = signal.SIGURG
 _LOOK_S = 0.1  # where the kernel does not tell: no descriptor, or a winner killed before the end
-_AGAIN_S = 0.5e-3, 20e-3  # between two interruptions, or two looks at a hang-up without failure
+_AGAIN_S = 0.5e-3, 10e-3  # between two interruptions, or two looks at a hang-up without failure
 
 _lock = threading.Lock()  # the watcher and what it watches
 _watcher: _Watcher | None = None
@@ -112,6 +112,7 @@ class abort_when_failed:
         self.ident = 0
         self.by_signal = False
         self.hung_up = False
+        self.depth = 0  # calls of this package around the block
         self.again_s = _AGAIN_S[0]
 
     @property
@@ -150,10 +151,15 @@ class abort_when_failed:
             self._close()
 
     def end(self) -> tuple[int, str]:
-        """Close the block because its client has gone, in its own thread; code and text."""
+        """Raise no more: the client has gone, and this is being said. Its code and text.
+
+        Runs wherever the thread was interrupted, which may have any lock: the rest is for
+        ``__exit__``, or for whoever collects us if that is not called.
+        """
         assert self._reference is not None
         error = self._reference.error
-        self._close()
+        _state.open.remove(self)
+        self._forget()
         return error
 
     def _open(self) -> None:
@@ -162,6 +168,7 @@ class abort_when_failed:
         try:
             state.masked = True
             self.ident = threading.get_ident()
+            self.depth = _depth(sys._getframe(2))
             if threading.current_thread() is threading.main_thread():
                 self.by_signal = _install(state)
             state.open.append(self)
@@ -177,26 +184,18 @@ class abort_when_failed:
 
     def _close(self) -> None:
         """Undo ``_open``, as often as it is called."""
-        global _watcher
         state = _state
-        watcher = self._watcher
         try:
             state.masked = True
             if self in state.open:
                 state.open.remove(self)
-            if watcher is not None:
-                with _lock:
-                    # INVARIANT: a watcher that watches nothing is never used again.
-                    watcher.blocks[:] = [pair for pair in watcher.blocks if pair[0] is not self]
-                    over = not watcher.blocks
-                    if over and _watcher is watcher:
-                        _watcher = None
-                if not self.by_signal:
-                    # What was sent and not raised; an outer block's is sent again.
-                    _set_async(self.ident, None)
-                if over:
-                    watcher.end()
-                self._watcher = None
+            over = self._forget()
+            if self._watcher is not None and not self.by_signal:
+                # What was sent and not raised; an outer block's is sent again.
+                _set_async(self.ident, None)
+            if over is not None:
+                over.join()
+            self._watcher = None
             if state.installed and not state.open:
                 _uninstall(state)
             reference, self._reference = self._reference, None
@@ -204,6 +203,22 @@ class abort_when_failed:
                 reference.close()
         finally:
             state.masked = False
+
+    def _forget(self) -> threading.Thread | None:
+        """Be watched no more; the watcher's thread, if it ends therefore."""
+        global _watcher
+        watcher = self._watcher
+        if watcher is None:
+            return None
+        with _lock:
+            # INVARIANT: a watcher that watches nothing is never used again.
+            watcher.blocks[:] = [pair for pair in watcher.blocks if pair[0] is not self]
+            if watcher.blocks:
+                return None
+            if _watcher is watcher:
+                _watcher = None
+            watcher.wake()
+        return watcher.thread
 
 
 class _Watcher:
@@ -213,28 +228,20 @@ class _Watcher:
         # Each with its thread's state: a threading.local tells other threads nothing.
         self.blocks = [(first, state)]
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._closing = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="shmsock-abort", daemon=True)
+        self.thread = threading.Thread(target=self._run, name="shmsock-abort", daemon=True)
         try:
-            self._thread.start()
+            self.thread.start()
         except BaseException:
             self.forget()
             raise
 
     def wake(self) -> None:
-        """Have it look at what it watches."""
-        os.eventfd_write(self._wake_fd, 1)
-
-    def end(self) -> None:
-        """Wait for its end; nothing is watched any more."""
-        with self._closing:
-            if self._wake_fd >= 0:
-                self.wake()
-                self._thread.join()
-                self.forget()
+        """Have it look at what it watches; under the lock."""
+        if self._wake_fd >= 0:
+            os.eventfd_write(self._wake_fd, 1)
 
     def forget(self) -> None:
-        """Close its number."""
+        """Close its number; under the lock, or alone."""
         fd, self._wake_fd = self._wake_fd, -1
         if fd >= 0:
             os.close(fd)
@@ -249,6 +256,7 @@ class _Watcher:
             wait_s = _LOOK_S
             with _lock:
                 if not self.blocks:
+                    self.forget()
                     return
                 for block, state in self.blocks:
                     if block.failed:
@@ -276,7 +284,7 @@ def _interrupt(block: abort_when_failed, state: dict[str, typing.Any]) -> None:
         return
     if block.by_signal:
         signal.pthread_kill(block.ident, ABORT_SIGNAL)
-    elif not _is_busy(sys._current_frames().get(block.ident)):
+    elif not _is_busy(sys._current_frames().get(block.ident), block.depth):
         _set_async(block.ident, AsyncAbort)
 
 
@@ -286,39 +294,57 @@ def _set_async(ident: int, error: type[AsyncAbort] | None) -> None:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), what)
 
 
-_BUSY = {
+_PACKAGE = os.path.dirname(__file__) + os.sep
+# Where a thread waits, and has no lock.
+_WAITING = {
     function.__code__
-    for function in (
-        abort_when_failed.__enter__,
-        abort_when_failed.__exit__,
-        abort_when_failed._open,
-        abort_when_failed._close,
-        abort_when_failed.end,
-        AsyncAbort.__init__,
-        Writers.write,  # cut in mid-message it would cost another client's connection
-        Writers.pump,
-    )
+    for function in (SocketRef.flush, SocketRef.wait_writable, Writers._wait, Writers._poll)
 }
+_BEGINNING = 2  # bytes of bytecode: nothing but RESUME
+_ENDS = {"__exit__", "close", "__del__"}  # not to be left out
 
 
-def _is_busy(frame: types.FrameType | None) -> bool:
-    """Whether a thread is where it should not be interrupted: it will be somewhere else soon."""
+def _depth(frame: types.FrameType | None) -> int:
+    """How many calls of this package a thread is in."""
+    depth = 0
     while frame is not None:
-        # What a finaliser raises is lost.
-        if frame.f_code in _BUSY or frame.f_code.co_name == "__del__":
+        depth += frame.f_code.co_filename.startswith(_PACKAGE)
+        frame = frame.f_back
+    return depth
+
+
+def _is_busy(frame: types.FrameType | None, depth: int) -> bool:
+    """Whether a thread is where it should not be interrupted: it will be somewhere else soon.
+
+    That is inside this package, where it may have a lock, or be in the middle of another client's
+    message; and in a finaliser, where what is raised is lost.
+    """
+    inside = False
+    if frame is not None and frame.f_lasti <= _BEGINNING and frame.f_code.co_name not in _ENDS:
+        # It has only just been called. WHY NOT later: a loop of numpy and ``ref.failed`` looks for
+        # signals nowhere else.
+        frame = frame.f_back
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "__del__":
             return True
+        if not inside and code.co_filename.startswith(_PACKAGE):
+            if code not in _WAITING:
+                return _depth(frame) > depth
+            inside = True
         frame = frame.f_back
     return False
 
 
 def _on_signal(number: int, frame: types.FrameType | None) -> None:
     state = _state
-    if state.masked or _is_busy(frame):
-        return  # it is sent again
+    if state.masked:
+        return
     block = state.failed()
     if block is not None:
-        raise SocketFailedError(*block.end())
-    if callable(state.previous):
+        if not _is_busy(frame, block.depth):  # else it is sent again
+            raise SocketFailedError(*block.end())
+    elif callable(state.previous):
         state.previous(number, frame)
 
 
