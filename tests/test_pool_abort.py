@@ -43,9 +43,9 @@ def nothing_is_left(runtime: shmsock.Runtime) -> collections.abc.Iterator[None]:
     yield
     assert signal.getsignal(abort.ABORT_SIGNAL) == handler
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
-    assert not [t for t in set(threading.enumerate()) - threads if t.name == "shmsock-abort"]
+    assert abort._local.thread.blocks == []
+    wait_until(lambda: set(threading.enumerate()) <= threads, "the watcher ends by itself")
     assert abort._watcher is None
-    assert abort._state.open == []
     wait_until(lambda: not any(runtime.attached_many(runtime.sockets()["id"])))
 
 
@@ -230,15 +230,14 @@ def test_the_jobs_own_exception_is_not_replaced(runtime: shmsock.Runtime, client
 def test_it_is_raised_once_and_a_block_that_catches_it_goes_on(
     runtime: shmsock.Runtime, client: int
 ) -> None:
-    with abort_when_failed(client):
-        failer = fail_when(runtime, client, is_waiting)
-        with pytest.raises(shmsock.SocketFailedError):
-            time.sleep(600)
-        failer.join()
-        wait_until(
-            lambda: "shmsock-abort" not in {thread.name for thread in threading.enumerate()},
-            "nobody is left to raise it again",
-        )
+    ours, peers = connected("unix")
+    second = runtime.create_socket(ours)
+    with peers, abort_when_failed(client):
+        for sid in (client, second):  # the second shows that the watcher was there all the time
+            failer = fail_when(runtime, sid, is_waiting)
+            with pytest.raises(shmsock.SocketFailedError), abort_when_failed(second):
+                time.sleep(600)
+            failer.join()
 
 
 @pytest.mark.parametrize("in_thread", [False, True])
@@ -398,7 +397,7 @@ def test_a_block_that_was_open_at_a_fork_is_not_the_childs(
     def look() -> list[object]:
         return [
             signal.getsignal(abort.ABORT_SIGNAL) == signal.SIG_DFL,
-            abort._state.open == [],
+            abort._local.thread.blocks == [],
             inner(),
         ]
 
