@@ -12,6 +12,7 @@
     ├── DescriptorError         the socket is alive but its descriptor could not be had
     ├── ClosedError             this process has left the runtime, or was taken for dead
     ├── PoolProcessDiedError    a pool process died with the job: submit it again, if it may be
+    ├── OwnershipError          the socket cannot be lent to the job: its owner has not got it idle
     └── PoisonedError           the segment failed its audit: start a new runtime
 
 A stale SocketId is none of these: ``address`` returns None. The kernel's refusals stay OSError.
@@ -114,3 +115,10 @@ class PoolProcessDiedError(ShmsockError):
             return f"pool process {self.pid} exited with status {self.exit_status}"
         name = _signal.strsignal(self.signal)
         return f"pool process {self.pid} was killed by signal {self.signal} ({name})"
+
+
+class OwnershipError(ShmsockError):
+    """A job was to own its client's socket, and its owner could not lend it; the message says why.
+
+    Submit from the process that owns the socket, between two messages.
+    """

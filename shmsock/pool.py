@@ -4,74 +4,42 @@
         pool.submit(answer, sid, client=sid)
 
 A thread of the parent gives each child one job at a time over a pipe and watches all children. What
-dies with a child is the one job that it ran.
-
-    INVARIANT: children, and which job each one has, are the manager thread's alone.
-    INVARIANT: every job is in the queue or with one child, until its future is done.
+dies with a child is the one job that it ran. ``initializer`` and ``abort_when_failed`` serve every
+other pool as well: multiprocessing, concurrent.futures, joblib, Celery.
 """
 
 from __future__ import annotations
 
-import collections
 import collections.abc
 import concurrent.futures
-import contextlib
-import dataclasses
-import errno
-import logging
+import itertools
 import multiprocessing
-import multiprocessing.connection
 import multiprocessing.context
 import os
-import pickle
-import signal
-import threading
-import time
+import types
 import typing
-import warnings
 import weakref
-from multiprocessing.reduction import ForkingPickler
 
 from .abort import abort_when_failed
-from .errors import PoolProcessDiedError, ShmsockError, SocketFailedError
-from .layout import Status
-from .pool_child import BEGUN, READY, RESULT, initializer, run_jobs
-from .runtime import Runtime, find
+from .errors import OwnershipError, PoolProcessDiedError
+from .pool_child import initializer
+from .pool_manager import Fallback, Manager, Settings
+from .pool_results import AsyncResult, Callback, Future, Results
 
-__all__ = ["PoolProcessDiedError", "ProcessPoolExecutor", "abort_when_failed", "initializer"]
-
-log = logging.getLogger("shmsock")
+__all__ = [
+    "AsyncResult",
+    "OwnershipError",
+    "Pool",
+    "PoolProcessDiedError",
+    "ProcessPoolExecutor",
+    "abort_when_failed",
+    "initializer",
+]
 
 T = typing.TypeVar("T")
-P = typing.ParamSpec("P")
 
-Fallback = collections.abc.Callable[[int, Exception], object]
-
-_SWEEP_S = 0.05
-_BIRTHS = 3  # so many children in a row that die before they are ready are no accident
-_END_S = 10.0
-
-
-@dataclasses.dataclass(eq=False)
-class _Job:
-    """A call on its way."""
-
-    data: bytes
-    future: concurrent.futures.Future[typing.Any]
-    client: int | None
-    fallback: bool = False  # it is the fallback of another job
-    begun: bool = False
-    tries: int = 0
-
-
-@dataclasses.dataclass(eq=False)
-class _Child:
-    """A pool process."""
-
-    process: multiprocessing.process.BaseProcess
-    connection: multiprocessing.connection.Connection
-    ready: bool = False
-    job: _Job | None = None
+Function = collections.abc.Callable[..., typing.Any]
+Arguments = collections.abc.Iterable[typing.Any]
 
 
 class ProcessPoolExecutor(concurrent.futures.Executor):
@@ -88,6 +56,10 @@ class ProcessPoolExecutor(concurrent.futures.Executor):
             has threads.
         fallback: ``fallback(sid, error)`` is called in another child when one died with a job that
             was submitted with ``client=sid``: it can answer the client. It must be importable.
+        initializer: Called in each child before its first job. A child where it raises ends; after
+            three in a row the pool fails its jobs with what was raised.
+        initargs: Its arguments.
+        max_tasks_per_child: After so many jobs a child is replaced; None: never.
 
     Concurrency: every method from any thread of the process that made it.
     If killed: its children finish the job they run, and end.
@@ -100,14 +72,14 @@ class ProcessPoolExecutor(concurrent.futures.Executor):
         *,
         mp_context: multiprocessing.context.BaseContext | None = None,
         fallback: Fallback | None = None,
+        initializer: Function | None = None,
+        initargs: tuple[typing.Any, ...] = (),
+        max_tasks_per_child: int | None = None,
     ) -> None:
         """Nothing is started before the first job."""
-        if max_workers is None:
-            max_workers = os.cpu_count() or 1
-        if max_workers < 1:
-            raise ValueError("max_workers must be at least 1")
-        context = mp_context or multiprocessing.get_context("forkserver")
-        self._manager = _Manager(name, max_workers, context, fallback)
+        self._manager = _manager(
+            name, max_workers, mp_context, fallback, initializer, initargs, max_tasks_per_child
+        )
         # Forgotten without shutdown, or at exit: what was submitted is done, then it ends.
         self._finalizer = weakref.finalize(self, self._manager.shut_down, True, False)
 
@@ -117,6 +89,7 @@ class ProcessPoolExecutor(concurrent.futures.Executor):
         /,
         *args: typing.Any,
         client: int | None = None,
+        own: bool = False,
         **kwargs: typing.Any,
     ) -> concurrent.futures.Future[T]:
         """Have ``fn(*args, **kwargs)`` called in a child.
@@ -126,14 +99,44 @@ class ProcessPoolExecutor(concurrent.futures.Executor):
             args: Its arguments.
             client: A SocketId: when that socket has failed, the job is dropped from the queue or
                 interrupted as by ``abort_when_failed``; its future raises SocketFailedError.
-            kwargs: Its arguments by name; not ``client``.
+            own: Lend the client's socket to the job, which reads it as its owner and gives it back
+                when it ends. This process must own the socket, and have a Dispatcher with
+                ``on_arrival``, by which it comes back. It is lent when the job begins, between two
+                messages; if that cannot be, the future raises OwnershipError.
+            kwargs: Its arguments by name; not ``client`` or ``own``.
 
         Raises:
             RuntimeError: The pool was shut down, or belongs to another process.
+            ValueError: ``own`` without ``client``.
 
-        If killed: see the class.
+        If killed: see the class. A child that dies as owner: see ``create_socket``'s
+            ``on_owner_death``.
         """
-        return self._manager.submit(fn, args, kwargs, client)
+        return self._manager.submit(fn, args, kwargs, client, own)
+
+    def map(
+        self,
+        fn: collections.abc.Callable[..., T],
+        *iterables: Arguments,
+        timeout: float | None = None,
+        chunksize: int = 1,
+        **_: typing.Any,
+    ) -> collections.abc.Iterator[T]:
+        """As of ``concurrent.futures``: the results of ``fn`` in the arguments' order.
+
+        Args:
+            fn: Importable by the children.
+            iterables: Its arguments; all are submitted at once.
+            timeout: In seconds, from now, for each result.
+            chunksize: How many calls travel together, and die together with their child.
+        """
+        if chunksize < 1:
+            raise ValueError("chunksize must be at least 1")
+        if chunksize == 1:
+            return super().map(fn, *iterables, timeout=timeout)
+        chunks = _chunks(zip(*iterables, strict=False), chunksize)
+        batches = super().map(_call_each, itertools.repeat(fn), chunks, timeout=timeout)
+        return itertools.chain.from_iterable(batches)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more jobs; the children end when all is done.
@@ -151,336 +154,214 @@ class ProcessPoolExecutor(concurrent.futures.Executor):
         return self._manager.pids()
 
 
-class _Manager:
-    """The queue and the thread; knows nothing of the executor, which may be collected."""
+class Pool:
+    """``multiprocessing.Pool`` with sockets, which survives its children.
+
+    It differs from that one as ``ProcessPoolExecutor`` does from its own: children attach by
+    themselves, ``client=sid`` ties a job to its client, a killed child fails its own jobs (in
+    ``multiprocessing.Pool`` their results never come) and is replaced. ``imap`` keeps four jobs a
+    child under way, and takes more arguments as results are taken.
+
+    Args:
+        name: The runtime's.
+        processes: How many children at most; by default one a CPU.
+        initializer: Called in each child before its first job.
+        initargs: Its arguments.
+        maxtasksperchild: After so many jobs a child is replaced; None: never.
+        context: As of ``multiprocessing.get_context``; forkserver by default.
+        fallback: See ``ProcessPoolExecutor``.
+
+    Concurrency: every method from any thread of the process that made it.
+    If killed: its children finish the job they run, and end.
+    """
 
     def __init__(
         self,
         name: str,
-        max_workers: int,
-        context: multiprocessing.context.BaseContext,
-        fallback: Fallback | None,
+        processes: int | None = None,
+        initializer: Function | None = None,
+        initargs: tuple[typing.Any, ...] = (),
+        maxtasksperchild: int | None = None,
+        context: multiprocessing.context.BaseContext | None = None,
+        *,
+        fallback: Fallback | None = None,
     ) -> None:
-        self._name, self._max, self._context = name, max_workers, context
-        self._fallback = fallback
-        self._pid = os.getpid()
-        self._lock = threading.Lock()  # the queue, closing, the thread
-        self._queue: collections.deque[_Job] = collections.deque()
-        self._children: list[_Child] = []
-        self._closing = False
-        self._broken: Exception | None = None
-        self._failed_births = 0
-        self._target = 0
-        self._thread: threading.Thread | None = None
-        self._wake_fd = -1
-        self._mask: set[typing.Any] = set()
-        self._sweep_at = 0.0
+        """Nothing is started before the first job."""
+        self._manager = _manager(
+            name, processes, context, fallback, initializer, initargs, maxtasksperchild
+        )
+        self._processes = self._manager.max_workers
+        self._finalizer = weakref.finalize(self, self._manager.shut_down, True, True, True)
 
-    # -- any thread -----------------------------------------------------------------------------
-
-    def submit(
+    def apply(
         self,
-        function: collections.abc.Callable[..., typing.Any],
-        args: tuple[typing.Any, ...],
-        kwargs: dict[str, typing.Any],
-        client: int | None,
-    ) -> concurrent.futures.Future[typing.Any]:
-        if self._pid != os.getpid():
-            raise RuntimeError("this pool belongs to the process that made it: make another one")
-        future: concurrent.futures.Future[typing.Any] = concurrent.futures.Future()
-        try:
-            data = _packed(function, args, kwargs, client)
-        except Exception as error:
-            future.set_exception(error)  # as concurrent.futures does
-            return future
-        self._put(_Job(data, future, client))
-        return future
+        func: collections.abc.Callable[..., T],
+        args: Arguments = (),
+        kwds: collections.abc.Mapping[str, typing.Any] | None = None,
+        *,
+        client: int | None = None,
+        own: bool = False,
+    ) -> T:
+        """``func(*args, **kwds)`` in a child; ``client`` and ``own`` as of ``submit``."""
+        job = self._manager.submit(func, tuple(args), dict(kwds or {}), client, own)
+        return typing.cast(T, job.result())
 
-    def _put(self, job: _Job) -> None:
-        with self._lock:
-            if self._closing:
-                raise RuntimeError("cannot submit after shutdown")
-            if self._broken is not None:
-                raise RuntimeError(f"the pool cannot start children: {self._broken}")
-            self._queue.append(job)
-            if self._thread is None:
-                self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-                self._thread = threading.Thread(
-                    target=self._run, name=f"shmsock-pool-{self._name}", daemon=True
-                )
-                self._thread.start()
-            os.eventfd_write(self._wake_fd, 1)
+    def apply_async(
+        self,
+        func: Function,
+        args: Arguments = (),
+        kwds: collections.abc.Mapping[str, typing.Any] | None = None,
+        callback: Callback | None = None,
+        error_callback: Callback | None = None,
+        *,
+        client: int | None = None,
+        own: bool = False,
+    ) -> AsyncResult:
+        """As ``apply``, without waiting; the callbacks are called in a thread of the pool's."""
+        job = self._manager.submit(func, tuple(args), dict(kwds or {}), client, own)
+        return AsyncResult([job], lambda values: values[0], callback, error_callback)
 
-    def shut_down(self, wait: bool, cancel: bool) -> None:
-        if self._pid != os.getpid():
-            return  # inherited by a fork
-        cancelled: list[_Job] = []
-        with self._lock:
-            self._closing = True
-            if cancel:
-                cancelled = [job for job in self._queue if not job.tries]
-                self._queue = collections.deque(job for job in self._queue if job.tries)
-            thread = self._thread
-            if self._wake_fd >= 0:
-                os.eventfd_write(self._wake_fd, 1)
-        for job in cancelled:
-            job.future.cancel()
-            job.future.set_running_or_notify_cancel()
-        if wait and thread is not None and thread is not threading.current_thread():
-            thread.join()
+    def map(
+        self, func: Function, iterable: Arguments, chunksize: int | None = None
+    ) -> list[typing.Any]:
+        """``func`` of each, in order; raises what the first job that failed raised."""
+        return typing.cast("list[typing.Any]", self.map_async(func, iterable, chunksize).get())
+
+    def map_async(
+        self,
+        func: Function,
+        iterable: Arguments,
+        chunksize: int | None = None,
+        callback: Callback | None = None,
+        error_callback: Callback | None = None,
+    ) -> AsyncResult:
+        """As ``map``, without waiting."""
+        calls = [(each,) for each in iterable]
+        return self._all(func, calls, chunksize, callback, error_callback)
+
+    def starmap(
+        self,
+        func: Function,
+        iterable: collections.abc.Iterable[Arguments],
+        chunksize: int | None = None,
+    ) -> list[typing.Any]:
+        """As ``map``, of tuples of arguments."""
+        return typing.cast("list[typing.Any]", self.starmap_async(func, iterable, chunksize).get())
+
+    def starmap_async(
+        self,
+        func: Function,
+        iterable: collections.abc.Iterable[Arguments],
+        chunksize: int | None = None,
+        callback: Callback | None = None,
+        error_callback: Callback | None = None,
+    ) -> AsyncResult:
+        """As ``starmap``, without waiting."""
+        calls = [tuple(each) for each in iterable]
+        return self._all(func, calls, chunksize, callback, error_callback)
+
+    def imap(self, func: Function, iterable: Arguments, chunksize: int = 1) -> Results:
+        """An iterator over the results, in the arguments' order; ``chunksize`` is not used."""
+        return self._results(func, iterable, ordered=True)
+
+    def imap_unordered(self, func: Function, iterable: Arguments, chunksize: int = 1) -> Results:
+        """An iterator over the results as they come; ``chunksize`` is not used."""
+        return self._results(func, iterable, ordered=False)
+
+    def close(self) -> None:
+        """Take no more jobs; the children end when all is done."""
+        self._manager.shut_down(False, False)
+
+    def terminate(self) -> None:
+        """End the children now: what is not done fails with CancelledError."""
+        self._finalizer.detach()
+        self._manager.shut_down(True, True, True)
+
+    def join(self) -> None:
+        """Wait until no thread and no child of the pool is left; after ``close``.
+
+        Raises:
+            ValueError: It was not closed.
+        """
+        if not self._manager.is_closing():
+            raise ValueError("the pool was not closed")
+        self._finalizer.detach()
+        self._manager.shut_down(True, False)
 
     def pids(self) -> list[int]:
-        return [child.process.pid or 0 for child in list(self._children)]
+        """The children there are at the moment."""
+        return self._manager.pids()
 
-    # -- the manager thread ---------------------------------------------------------------------
+    def __enter__(self) -> Pool:
+        """The pool itself."""
+        return self
 
-    def _run(self) -> None:
-        # A signal taken here would not end a wait of the main thread. Children must not inherit it.
-        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        try:
-            while not self._is_over():
-                self._fill()
-                self._dispatch()
-                self._sweep()
-                self._wait()
-        except BaseException as error:
-            log.exception("pool %r ends", self._name)
-            self._break(error if isinstance(error, Exception) else RuntimeError(repr(error)))
-        finally:
-            for child in self._children:
-                with contextlib.suppress(OSError):
-                    child.connection.send_bytes(b"")
-            for child in list(self._children):
-                self._end(child)
-            with self._lock:
-                self._closing = True
-                fd, self._wake_fd = self._wake_fd, -1
-            os.close(fd)
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: types.TracebackType | None,
+    ) -> None:
+        """As ``terminate``."""
+        self.terminate()
 
-    def _is_over(self) -> bool:
-        with self._lock:
-            return self._closing and not self._queue and not any(c.job for c in self._children)
+    def _all(
+        self,
+        func: Function,
+        calls: list[tuple[typing.Any, ...]],
+        chunksize: int | None,
+        callback: Callback | None,
+        error_callback: Callback | None,
+    ) -> AsyncResult:
+        if chunksize is None:
+            chunksize = max(1, -(-len(calls) // (4 * self._processes)))
+        jobs = [
+            self._manager.submit(_call_each, (func, chunk), {})
+            for chunk in _chunks(calls, chunksize)
+        ]
+        return AsyncResult(
+            jobs, lambda lists: list(itertools.chain(*lists)), callback, error_callback
+        )
 
-    def _fill(self) -> None:
-        """Start what is missing: as many as there are jobs, and as many as there were."""
-        busy = sum(1 for child in self._children if child.job is not None)
-        wanted = min(self._max, busy + len(self._queue))
-        if not self._closing:
-            self._target = wanted = max(self._target, wanted)
-        while len(self._children) < wanted and self._broken is None:
-            try:
-                self._start()
-            except Exception as error:
-                self._birth_failed(error)
+    def _results(self, func: Function, iterable: Arguments, *, ordered: bool) -> Results:
+        def submit(argument: typing.Any) -> Future:
+            return self._manager.submit(func, (argument,), {})
 
-    def _start(self) -> None:
-        ours, theirs = self._context.Pipe(duplex=True)
-        inherited: list[multiprocessing.connection.Connection] = []
-        if self._context.get_start_method() == "fork":
-            inherited = [ours, *(child.connection for child in self._children)]
-        try:
-            process = self._context.Process(  # type: ignore[attr-defined]
-                target=run_jobs, args=(theirs, self._name, inherited), daemon=True
-            )
-            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: a fork beside threads
-                process.start()
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-            theirs.close()
-        self._children.append(_Child(process, ours))
-
-    def _birth_failed(self, error: Exception) -> None:
-        self._failed_births += 1
-        log.error("pool %r: a child did not start: %s", self._name, error)
-        if self._failed_births >= _BIRTHS:
-            self._break(error)
-
-    def _break(self, error: Exception) -> None:
-        """No child will ever run: all that waits fails."""
-        with self._lock:
-            self._broken = error
-            jobs, self._queue = list(self._queue), collections.deque()
-        for job in jobs:
-            _fail(job, error)
-
-    def _dispatch(self) -> None:
-        for child in self._children[:]:
-            while child.ready and child.job is None:
-                with self._lock:
-                    if not self._queue:
-                        return
-                    job = self._queue.popleft()
-                if not job.tries and not job.future.set_running_or_notify_cancel():
-                    continue
-                job.tries += 1
-                child.job = job
-                try:
-                    child.connection.send_bytes(job.data)
-                except OSError:
-                    self._died(child)
-                    break
-
-    def _sweep(self) -> None:
-        """Drop what waits for clients that have gone, if this process has the runtime too."""
-        if time.monotonic() < self._sweep_at or not self._waiting_clients():
-            return
-        began = time.monotonic()
-        runtime = find(self._name)
-        if runtime is not None:
-            with self._lock:
-                jobs = [job for job in self._queue if job.client is not None and not job.tries]
-                gone = {job for job in jobs if _is_gone(runtime, typing.cast(int, job.client))}
-                if gone:
-                    self._queue = collections.deque(j for j in self._queue if j not in gone)
-            for job in gone:
-                _fail(job, _error_of(runtime, typing.cast(int, job.client)))
-        now = time.monotonic()
-        self._sweep_at = now + max(_SWEEP_S, 20 * (now - began))
-
-    def _waiting_clients(self) -> bool:
-        with self._lock:
-            return any(job.client is not None for job in self._queue)
-
-    def _wait(self) -> None:
-        """Handle what the children say, and their deaths."""
-        sources: dict[typing.Any, _Child | None] = {self._wake_fd: None}
-        for child in self._children:
-            sources[child.connection] = child
-            sources[child.process.sentinel] = child
-        timeout_s = None
-        if self._waiting_clients():
-            timeout_s = max(0.0, self._sweep_at - time.monotonic())
-        for source in multiprocessing.connection.wait(list(sources), timeout_s):
-            heard = sources[source]
-            if heard is None:
-                with contextlib.suppress(BlockingIOError):
-                    os.eventfd_read(self._wake_fd)
-            elif heard in self._children:
-                self._hear(heard)
-
-    def _hear(self, child: _Child) -> None:
-        """Take what a child said; if it is dead, all of that comes before its death."""
-        dead = not child.process.is_alive()
-        try:
-            while child.connection.poll(0):
-                self._take(child, child.connection.recv_bytes())
-        except (EOFError, OSError):  # it closed its end, or died in mid-message
-            dead = True
-        if dead:
-            self._died(child)
-
-    def _take(self, child: _Child, message: bytes) -> None:
-        kind = message[:1]
-        if kind == READY:
-            child.ready, self._failed_births = True, 0
-        elif child.job is not None and kind == BEGUN:
-            child.job.begun = True
-        elif child.job is not None:
-            job, child.job = child.job, None
-            try:
-                value = pickle.loads(memoryview(message)[1:])
-            except BaseException as error:
-                _fail(job, error)
-                return
-            if kind == RESULT:
-                _finish(job, value)
-            else:
-                _fail(job, value)
-
-    def _died(self, child: _Child) -> None:
-        self._children.remove(child)
-        child.connection.close()
-        child.process.join(_END_S)
-        if child.process.exitcode is None:  # it closed its pipe, and lives: user code did that
-            child.process.kill()
-            child.process.join()
-        code = child.process.exitcode or 0
-        error = PoolProcessDiedError(child.process.pid or 0, max(0, -code), max(0, code))
-        child.process.close()
-        log.warning("pool %r: %s", self._name, error)
-        if not child.ready:
-            self._birth_failed(error)
-        job, child.job = child.job, None
-        if job is None:
-            return
-        if not job.begun and job.tries < 2:
-            with self._lock:
-                self._queue.appendleft(job)  # nobody has looked at it
-            return
-        if job.client is not None and self._fallback is not None and not job.fallback:
-            self._fall_back(job.client, error)
-        _fail(job, error)
-
-    def _fall_back(self, client: int, error: PoolProcessDiedError) -> None:
-        """Ahead of all others: a client has been waiting."""
-        future: concurrent.futures.Future[typing.Any] = concurrent.futures.Future()
-        future.add_done_callback(_log_fallback)
-        try:
-            data = _packed(self._fallback, (client, error), {}, client)
-        except Exception as failure:
-            future.set_exception(failure)
-            return
-        with self._lock:
-            self._queue.appendleft(_Job(data, future, client, fallback=True))
-
-    def _end(self, child: _Child) -> None:
-        """Wait for a child that was told to end; one that does not is killed."""
-        child.process.join(_END_S)
-        if child.process.exitcode is None:
-            child.process.kill()
-            child.process.join()
-        self._children.remove(child)
-        child.connection.close()
-        child.process.close()
-        if child.job is not None:
-            job, child.job = child.job, None
-            _fail(job, self._broken or RuntimeError("the pool has ended"))
+        return Results(submit, iterable, 4 * self._processes, ordered=ordered)
 
 
-def _packed(
-    function: typing.Any,
-    args: tuple[typing.Any, ...],
-    kwargs: dict[str, typing.Any],
-    client: int | None,
-) -> bytes:
-    job = bytes(ForkingPickler.dumps((function, args, kwargs)))
-    return pickle.dumps((client if client is None else int(client), job))
+def _manager(
+    name: str,
+    max_workers: int | None,
+    context: multiprocessing.context.BaseContext | None,
+    fallback: Fallback | None,
+    initializer: Function | None,
+    initargs: tuple[typing.Any, ...],
+    max_tasks: int | None,
+) -> Manager:
+    if max_workers is None:
+        max_workers = os.cpu_count() or 1
+    if max_workers < 1:
+        raise ValueError("a pool has at least one process")
+    if max_tasks is not None and max_tasks < 1:
+        raise ValueError("a child runs at least one job")
+    # WHY NOT fork by default: the parent has threads.
+    context = context or multiprocessing.get_context("forkserver")
+    settings = Settings(
+        name, max_workers, context, fallback, initializer, tuple(initargs), max_tasks or 0
+    )
+    return Manager(settings)
 
 
-def _finish(job: _Job, value: object) -> None:
-    with contextlib.suppress(concurrent.futures.InvalidStateError):
-        job.future.set_result(value)
+def _chunks(
+    calls: collections.abc.Iterable[T], size: int
+) -> collections.abc.Iterator[tuple[T, ...]]:
+    iterator = iter(calls)
+    while chunk := tuple(itertools.islice(iterator, size)):
+        yield chunk
 
 
-def _fail(job: _Job, error: BaseException) -> None:
-    with contextlib.suppress(concurrent.futures.InvalidStateError):
-        if job.tries or job.future.set_running_or_notify_cancel():
-            job.future.set_exception(error)
-
-
-def _log_fallback(future: concurrent.futures.Future[typing.Any]) -> None:
-    if not future.cancelled() and (error := future.exception()) is not None:
-        if isinstance(error, SocketFailedError):
-            return  # the client has gone: there is nobody to answer
-        log.error("a fallback failed: %r", error)
-
-
-def _is_gone(runtime: Runtime, client: int) -> bool:
-    try:
-        return runtime.status(client) is not Status.LIVE
-    except ShmsockError:
-        return False  # it is not for us to say
-
-
-def _error_of(runtime: Runtime, client: int) -> SocketFailedError:
-    with contextlib.suppress(ShmsockError):
-        reference = runtime.address_failed_as_well(client)
-        if reference is not None:
-            with reference:
-                return SocketFailedError(*reference.error)
-    return SocketFailedError(errno.ENOTCONN, "the socket is gone")
+def _call_each(
+    function: Function, calls: collections.abc.Iterable[tuple[typing.Any, ...]]
+) -> list[typing.Any]:
+    return [function(*call) for call in calls]

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import collections.abc
+import contextlib
+import errno
 import logging
 import multiprocessing.util
 import os
 import pickle
 import signal
+import threading
 import time
 import traceback
 import typing
 from multiprocessing.connection import Connection
 
 from .abort import abort_when_failed
-from .errors import ShmsockError
+from .errors import OwnershipError, ShmsockError, SocketFailedError
 from .runtime import Runtime, attach_once
 
 log = logging.getLogger("shmsock")
 
 # What a child says, first byte of its message.
-READY, BEGUN, RESULT, ERROR = b"r", b"b", b"=", b"!"
+READY, FAILED_TO_START, BEGUN, RESULT, ERROR = b"r", b"f", b"b", b"=", b"!"
+# What it is told of the socket that its job shall own; never the first byte of a job.
+GRANTED, REFUSED = b"+", b"-"
 _DRAIN_S = 3.0
-
-Job = tuple[
-    collections.abc.Callable[..., typing.Any], tuple[typing.Any, ...], dict[str, typing.Any]
-]
+_LOOK_S = 0.02
 
 
 def initializer(name: str) -> None:
@@ -57,7 +59,11 @@ def _leave(runtime: Runtime, pid: int) -> None:
 
 
 def run_jobs(
-    connection: Connection, name: str, parents_ends: collections.abc.Sequence[Connection]
+    connection: Connection,
+    name: str,
+    parents_ends: collections.abc.Sequence[Connection],
+    initializer: collections.abc.Callable[..., object] | None,
+    initargs: tuple[typing.Any, ...],
 ) -> None:
     """A child's whole life: jobs come by the connection until it ends."""
     for end in parents_ends:
@@ -67,41 +73,131 @@ def run_jobs(
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    runtime = None
+    child = _Child(connection, name)
     try:
+        if initializer is not None and not child.initialize(initializer, initargs):
+            return
         connection.send_bytes(READY)
         while data := connection.recv_bytes():
-            # CRASH(begun): killed before it, the job is given to another child.
-            connection.send_bytes(BEGUN)
-            answer, runtime = _answer(name, data, runtime)
+            answer = child.answer(data)
             connection.send_bytes(answer)
             del data, answer
     except (EOFError, OSError):
         pass  # the parent has died: nobody waits for a result
     finally:
-        if runtime is not None:
-            _drain(runtime)
-            runtime.close()
+        child.leave()
 
 
-def _answer(name: str, data: bytes, runtime: Runtime | None) -> tuple[bytes, Runtime | None]:
-    try:
-        client, (function, args, kwargs) = _unpack(data)
-        runtime = _attached(name, runtime, client is not None)
+class _Child:
+    """What a child keeps from job to job."""
+
+    def __init__(self, connection: Connection, name: str) -> None:
+        self._connection, self._name = connection, name
+        self._runtime: Runtime | None = None
+
+    def initialize(
+        self,
+        initializer: collections.abc.Callable[..., object],
+        initargs: tuple[typing.Any, ...],
+    ) -> bool:
+        """Call the user's initializer, attached where there is a runtime already."""
+        try:
+            self._runtime = _attached(self._name, None, False)
+            initializer(*initargs)
+        except BaseException as error:
+            self._connection.send_bytes(FAILED_TO_START + _pickled(error))
+            return False
+        return True
+
+    def answer(self, data: bytes) -> bytes:
+        """Run one job; what the parent is told of it.
+
+        CRASH(begun): killed before BEGUN is sent, the job is given to another child.
+        """
+        # Two pickles: whatever the job is, its client is known.
+        client, owner, job = pickle.loads(data)
+        error: BaseException | None = None
+        try:
+            self._runtime = _attached(self._name, self._runtime, client is not None)
+        except BaseException as failure:
+            error = failure
+        index = self._runtime.index if self._runtime is not None else -1
+        self._connection.send_bytes(BEGUN + b"%d" % index)
+        verdict = GRANTED if owner is None else self._connection.recv_bytes()
+        try:
+            if error is not None:
+                raise error
+            with self._owning(client, owner, verdict):
+                return RESULT + pickle.dumps(self._run(client, job), pickle.HIGHEST_PROTOCOL)
+        except BaseException as failure:
+            return ERROR + _pickled(failure)
+
+    def _run(self, client: int | None, job: bytes) -> object:
+        function, args, kwargs = pickle.loads(job)
         if client is None:
-            result = function(*args, **kwargs)
-        else:
-            with abort_when_failed(client, runtime):
-                result = function(*args, **kwargs)
-        return RESULT + pickle.dumps(result, pickle.HIGHEST_PROTOCOL), runtime
-    except BaseException as error:
-        return ERROR + _pickled(error), runtime
+            return function(*args, **kwargs)
+        with abort_when_failed(client, self._runtime):
+            return function(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _owning(
+        self, client: int, owner: int | None, verdict: bytes
+    ) -> collections.abc.Iterator[None]:
+        """Own the client's socket meanwhile, if the job shall."""
+        if owner is None or self._runtime is None:
+            yield
+            return
+        if verdict != GRANTED:
+            raise OwnershipError(verdict[1:].decode())
+        if not self._runtime._engine.inherit(client):
+            reference = self._runtime.address(client)
+            if reference is not None:
+                reference.close()
+                raise OwnershipError("it was taken back before the job began")
+            # else: that it has failed is the job's to say
+        try:
+            yield
+        finally:
+            _hand_back(self._runtime, client, owner)
+
+    def leave(self) -> None:
+        """Send what is left, and leave in order."""
+        if self._runtime is not None:
+            _drain(self._runtime)
+            self._runtime.close()
 
 
-def _unpack(data: bytes) -> tuple[int | None, Job]:
-    # Two pickles: whatever the job is, its client is known.
-    client, job = pickle.loads(data)
-    return client, pickle.loads(job)
+def _hand_back(runtime: Runtime, client: int, owner: int) -> None:
+    """Give a socket back to who lent it; one that cannot be is failed: nobody would read it.
+
+    If killed: it is its own owner's that died, or on its way; see ``hand_over``.
+    """
+    reference = runtime.address(client)
+    if reference is None:
+        return
+    with reference:
+        said: list[bool] = []
+        done = threading.Event()
+
+        def on_done(_: int, gone: bool) -> None:
+            said.append(gone)
+            done.set()
+
+        try:
+            # Everything the job wrote goes first: the next owner's answers come behind it.
+            reference.flush()
+            if not reference.hand_over(owner, on_done):
+                reference.set_failed(errno.EIO, "a job left it in mid-message")
+                return
+            while not done.wait(_LOOK_S) and not reference.failed:
+                pass
+        except SocketFailedError:
+            return
+        except ValueError:
+            reference.set_failed(errno.EOWNERDEAD, "who lent it has died")
+            return
+        if said == [False]:
+            reference.set_failed(errno.EHOSTDOWN, "who lent it did not take it back")
 
 
 def _attached(name: str, runtime: Runtime | None, needed: bool) -> Runtime | None:

@@ -29,6 +29,7 @@ PUBLIC = [
     "Inspector",
     "Mended",
     "OverCrowdedError",
+    "OwnershipError",
     "PoisonedError",
     "PoolProcessDiedError",
     "ProcessInfo",

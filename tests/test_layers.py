@@ -47,7 +47,9 @@ RANK = {
     "__init__": 14,
     "abort": 14,
     "pool_child": 15,
-    "pool": 16,
+    "pool_manager": 16,
+    "pool_results": 17,
+    "pool": 18,
 }
 
 PUBLIC_SUBMODULES = {"groups", "pool"}
