@@ -7,6 +7,7 @@ import errno
 import os
 import pickle
 import queue
+import random
 import select
 import signal
 import socket
@@ -360,6 +361,77 @@ def test_nothing_is_raised_after_the_block_at_whatever_moment_the_client_goes(
     assert counts["aborted"] > 20
     assert counts["own error" if own_error else "finished"] > 20
     wait_until(lambda: runtime.in_use() == 0)
+
+
+def nested_race(runtime: shmsock.Runtime, seed: int, rounds: int) -> dict[str, int]:
+    """Two blocks in each other, clients that go at any moment of either; what came out."""
+    choose = random.Random(seed)
+    counts = {"inner": 0, "outer": 0, "finished": 0}
+    for _ in range(rounds):
+        pairs = [connected("unix") for _ in range(2)]
+        outer, inner = (runtime.create_socket(ours) for ours, _ in pairs)
+        plan = choose.choice([[outer], [inner], [outer, inner], [inner, outer], []])
+        delays = [choose.randrange(most) for most in (3000, 2000, 5000, 1000)]
+
+        def fail(plan: list[int] = plan, delay: int = delays[0]) -> None:
+            spin(delay)
+            for sid in plan:
+                runtime.set_failed(sid, errno.ECONNRESET, "closed the tab")
+
+        failer = threading.Thread(target=fail)
+        failer.start()
+        step = "before"
+        try:
+            with abort_when_failed(outer):
+                step = "in"
+                spin(delays[1])
+                try:
+                    with abort_when_failed(inner):
+                        spin(delays[2])
+                except shmsock.SocketFailedError:
+                    counts["inner"] += 1
+                spin(delays[3])
+            step = "after"
+            counts["finished"] += 1
+        except shmsock.SocketFailedError:
+            assert step != "after"
+            counts["outer"] += 1
+        assert after_the_block() == 150
+        failer.join()
+        for sid, (_, theirs) in zip((outer, inner), pairs, strict=True):
+            theirs.close()
+            runtime.set_failed(sid)
+    return counts
+
+
+def spin(count: int) -> None:
+    for _ in range(count):
+        pass
+
+
+@pytest.mark.usefixtures("quick_switches")
+@pytest.mark.parametrize("rounds", [150, pytest.param(2_000, marks=pytest.mark.slow)])
+def test_blocks_of_several_threads_and_in_each_other_end_well_at_whatever_moment(
+    runtime: shmsock.Runtime, rounds: int
+) -> None:
+    results: list[typing.Any] = []
+
+    def work(seed: int) -> None:
+        try:
+            results.append(nested_race(runtime, seed, rounds))
+        except BaseException as error:
+            results.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    work(3)
+    for thread in threads:
+        thread.join()
+    assert all(isinstance(counts, dict) for counts in results), results
+    assert all(sum(counts[key] for counts in results) > 20 for key in results[0]), results
+    wait_until(lambda: runtime.in_use() == 0, "no block keeps a reference")
+    assert runtime.audit() == []
 
 
 def test_the_handler_that_was_there_is_called_for_foreign_signals_and_restored(
