@@ -11,6 +11,8 @@
     ├── OverCrowdedError        the peer reads too slowly: too much is queued for it here
     ├── DescriptorError         the socket is alive but its descriptor could not be had
     ├── ClosedError             this process has left the runtime, or was taken for dead
+    ├── PoolProcessDiedError    a pool process died with the job: submit it again, if it may be
+    ├── OwnershipError          the socket cannot be lent to the job: its owner has not got it idle
     └── PoisonedError           the segment failed its audit: start a new runtime
 
 A stale SocketId is none of these: ``address`` returns None. The kernel's refusals stay OSError.
@@ -19,6 +21,7 @@ A stale SocketId is none of these: ``address`` returns None. The kernel's refusa
 from __future__ import annotations
 
 import os
+import signal as _signal
 
 
 class ShmsockError(Exception):
@@ -88,3 +91,34 @@ class ClosedError(ShmsockError):
 
 class PoisonedError(ShmsockError):
     """The segment failed an audit beyond repair; the supervisor must start a new one."""
+
+
+class PoolProcessDiedError(ShmsockError):
+    """The pool process that ran the job died; how much of the job was done is not known.
+
+    The other jobs and the pool are not touched.
+
+    Attributes:
+        pid: The process.
+        signal: The signal that killed it, or 0.
+        exit_status: What it exited with, or 0 if a signal killed it.
+    """
+
+    def __init__(self, pid: int, signal: int, exit_status: int) -> None:
+        super().__init__(pid, signal, exit_status)
+        self.pid = pid
+        self.signal = signal
+        self.exit_status = exit_status
+
+    def __str__(self) -> str:
+        if not self.signal:
+            return f"pool process {self.pid} exited with status {self.exit_status}"
+        name = _signal.strsignal(self.signal)
+        return f"pool process {self.pid} was killed by signal {self.signal} ({name})"
+
+
+class OwnershipError(ShmsockError):
+    """A job was to own its client's socket, and its owner could not lend it; the message says why.
+
+    Submit from the process that owns the socket, between two messages.
+    """

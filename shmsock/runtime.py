@@ -367,12 +367,12 @@ class Runtime(View):
                 "descriptors: attach again"
             )
 
-    def _attach_in_child(self) -> None:
+    def _attach_in_child(self, role: str = "client") -> None:
         with _fork_lock:
             if self._pid == os.getpid():
                 return
             self._lock_file = LockFile.open(self.name, create=False)
-            self._role = "client"
+            self._role = role
             self._join()
             self._pid = os.getpid()  # last: until here every call tries to attach
 
@@ -973,6 +973,42 @@ def current() -> Runtime:
     if _current is None or _current._closed:
         raise RuntimeNotFoundError("this process has attached no runtime: Runtime.attach(name)")
     return _current
+
+
+def attach_once(name: str, *, role: str = "client") -> Runtime:
+    """The Runtime of this name that this process has, or a new one; it becomes ``current()``.
+
+    One that was inherited by a fork attaches anew; one that was closed, or whose runtime has ended,
+    is left for the runtime that has the name now.
+
+    Raises:
+        As of ``attach``.
+
+    If killed: as of ``attach``.
+    """
+    runtime = find(name)
+    if runtime is None:
+        for inherited in list(_runtimes):
+            if inherited.name == name and inherited._pid != os.getpid():
+                if inherited._closed or not inherited._is_current():
+                    continue
+                inherited._attach_in_child(role)
+                runtime = inherited
+                break
+    if runtime is None:
+        return Runtime.attach(name, role=role)
+    _adopt_current(runtime)
+    return runtime
+
+
+def find(name: str) -> Runtime | None:
+    """A Runtime of this name that this process takes part in, if that runtime has not ended."""
+    for runtime in list(_runtimes):
+        if runtime.name != name or runtime._pid != os.getpid() or runtime._engine.closed:
+            continue
+        if not runtime._segment.header[_POISONED] and runtime._is_current():
+            return runtime
+    return None
 
 
 def _adopt_current(runtime: Runtime) -> None:

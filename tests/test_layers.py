@@ -45,9 +45,14 @@ RANK = {
     "groups": 12,
     "runtime": 13,
     "__init__": 14,
+    "abort": 14,
+    "pool_child": 15,
+    "pool_manager": 16,
+    "pool_results": 17,
+    "pool": 18,
 }
 
-PUBLIC_SUBMODULES = {"groups"}
+PUBLIC_SUBMODULES = {"groups", "pool"}
 
 
 def modules(package: str) -> dict[str, ast.Module]:

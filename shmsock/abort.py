@@ -1,0 +1,490 @@
+"""A job that dies with its client: SocketFailedError raised in a running block of code.
+
+One watcher thread a process, while any block is open, polls their descriptors for the end of the
+connection and reads their versions. It interrupts the block's thread: the main thread by a signal,
+whose handler raises, so also out of a sleep or a blocking call; others by
+``PyThreadState_SetAsyncExc``, at their next bytecode. A signal is sent again and again until the
+block has raised: one that came just before a blocking call would else be lost.
+
+What is sent to another thread is raised wherever that thread is by then. Each thread has a window:
+
+    watcher   takes the window, looks, sends, gives it back
+    thread    takes the window, takes back what was sent, opens or closes a block, gives it back
+
+    INVARIANT: with the window in a thread's hands nothing is on its way to it.
+    INVARIANT: to one thread at most one exception is under way.
+
+Taking the window is one atomic step that does no harm when repeated, so the thread repeats all of
+it until no exception has come between. Nobody joins a thread, or waits for a lock, with its window
+open.
+
+SIGURG is used because nobody does, and because the kernel ignores one that comes late.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import select
+import signal
+import sys
+import threading
+import time
+import types
+import typing
+import weakref
+
+from .errors import DescriptorError, SocketFailedError
+from .runtime import Runtime, current
+from .socket import SocketRef
+from .writing import Writers
+
+ABORT_SIGNAL = signal.SIGURG
+_LOOK_S = 0.1  # where the kernel does not tell: no descriptor, or a winner killed before the end
+_AGAIN_S = 0.5e-3, 10e-3  # between two interruptions, or two looks at a hang-up without failure
+
+_lock = threading.Lock()  # the watcher and what it watches; never waited for with a window open
+_watcher: _Watcher | None = None
+
+
+class _Thread:
+    """A thread's open blocks and its window."""
+
+    def __init__(self) -> None:
+        self.ident = threading.get_ident()
+        self.thread = threading.current_thread()
+        # Innermost last. Weak: one whose ``__exit__`` could not begin ends with its statement.
+        self.blocks: list[weakref.ref[abort_when_failed]] = []
+        self.window: dict[str, str] = {}  # "of": whose it is; empty while it is open
+        self.sent: abort_when_failed | None = None  # what is under way is about this block
+        self.by_signal = False
+        self.previous: typing.Any = None  # the signal's handler before ours
+        self.installed = self.blocked = False
+
+    def take(self, who: str) -> bool:
+        """Take the window; whether it is ours. One step, and again says the same."""
+        return self.window.setdefault("of", who) is who
+
+    def take_surely(self) -> None:
+        """Take the window for the thread itself; the watcher has it for a moment at most."""
+        while not self.take(_OWNER):
+            time.sleep(0)
+
+    def shut(self) -> None:
+        """Take the window, and take back what is under way; again after an AsyncAbort in it."""
+        self.take_surely()
+        if self.sent is not None:
+            _set_async(self.ident, None)
+            self.sent = None
+
+    def give(self) -> None:
+        """Open the window."""
+        self.window.pop("of", None)
+
+    def failed(self) -> abort_when_failed | None:
+        """The outermost open block whose client has gone and that has not raised."""
+        blocks = (reference() for reference in self.blocks)
+        return next((b for b in blocks if b is not None and b.failed and not b.said), None)
+
+    def remove(self, block: abort_when_failed) -> None:
+        """It is open no more."""
+        self.blocks[:] = [each for each in self.blocks if each() not in (None, block)]
+
+
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.thread = _Thread()
+
+
+_local = _Local()
+_WATCHER, _OWNER = "watcher", "thread"
+
+
+class AsyncAbort(SocketFailedError):
+    """What is raised in another thread than the main one: the interpreter makes it, without a word.
+
+    It pickles as a plain SocketFailedError.
+    """
+
+    def __init__(self) -> None:
+        """Made in the interrupted thread, at the place of interruption.
+
+        That thread may have any lock: nothing here may wait.
+        """
+        thread, frame = _local.thread, sys._getframe(1)
+        code, text = errno.ENOTCONN, "the socket is gone"
+        self._block: weakref.ref[abort_when_failed] | None = None
+        if (block := thread.sent) is not None:
+            self._block = weakref.ref(block)
+            code, text = block.say()
+            block.said = not _is_lost(frame)
+        super().__init__(code, text)
+        if frame.f_code is _EXIT and isinstance(ending := frame.f_locals.get("self"), _BLOCK):
+            # Perhaps before its first line, so that it would never close: it is closed here. On
+            # 3.11 we are made in the next handler, and it ends when its frame is dropped.
+            thread.take_surely()  # ORDER: before the next one can be sent
+            ending._close(thread)
+            thread.give()
+        thread.sent = None  # last: another one may come from here on
+
+    def take_back(self) -> None:
+        """It was caught where it should not have come."""
+        if self._block is not None and (block := self._block()) is not None:
+            block.said = False
+
+    def __reduce__(self) -> tuple[typing.Any, ...]:
+        """As its base."""
+        return SocketFailedError, (self.code, self.text)
+
+
+class abort_when_failed:
+    """Raise SocketFailedError in the block as soon as the socket fails: its client has gone.
+
+    In a process's main thread it comes out of a sleep or a blocking call at once, and between two
+    calls of numpy; in another thread at the next bytecode. It is raised once; a block that catches
+    it goes on undisturbed. Blocks nest: the failure of an outer socket ends the inner blocks too.
+    An exception of the block itself is not replaced, and nothing is raised after the block: one
+    that ends before it is interrupted just ends. The last block's end restores the signal handler;
+    the watching thread ends a tenth of a second later.
+
+        with abort_when_failed(sid) as ref:
+            ref.write(compute())
+
+    Args:
+        sid: The client's id.
+        runtime: By default ``shmsock.current()``.
+
+    Raises:
+        SocketFailedError: On entry, if the socket has failed or is gone.
+        RuntimeNotFoundError: This process has attached none.
+
+    Concurrency: any thread may open blocks; each block is opened and closed by one thread. A write
+        of the main thread is never cut; in another thread an interrupted write ends its socket.
+        In another thread, an abort that is under way when the block ends by an exception of its
+        own may carry that one as its context instead.
+    If killed: the reference it holds is given back by whoever reaps.
+    """
+
+    def __init__(self, sid: int, runtime: Runtime | None = None) -> None:
+        """Nothing is watched yet."""
+        self._sid = int(sid)
+        self._runtime = runtime
+        self._reference: SocketRef | None = None
+        self.fd = -1
+        self.said = False
+        self.hung_up = False
+        self.depth = 0  # calls of this package around the block
+        self.again_s = _AGAIN_S[0]
+
+    @property
+    def failed(self) -> bool:
+        """Whether the client has gone, while the block is open."""
+        reference = self._reference
+        return reference is not None and reference.failed
+
+    def __enter__(self) -> SocketRef:
+        """A reference to the client, held as long as the block lasts."""
+        runtime = self._runtime if self._runtime is not None else current()
+        reference = runtime.address(self._sid)
+        if reference is None:
+            raise SocketFailedError(*_error_of(runtime, self._sid))
+        self._reference = reference
+        thread = _local.thread
+        try:
+            with contextlib.suppress(DescriptorError):  # then we look now and again
+                self.fd = reference.fileno()
+            self.depth = _depth(sys._getframe(1))
+            self._open(thread)
+            if reference.failed:
+                raise SocketFailedError(*self.say())
+            thread.give()
+            return reference
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: types.TracebackType | None,
+    ) -> None:
+        """The block is over: nothing is raised any more."""
+        thread = _local.thread
+        while True:
+            try:
+                thread.shut()
+                break
+            except AsyncAbort as abort:  # too late for us; an outer block's is sent again
+                abort.take_back()
+        self._close(thread)
+        if thread.blocks:
+            thread.give()
+
+    def say(self) -> tuple[int, str]:
+        """It is being raised: raise no more. Code and text of the failure."""
+        self.said = True
+        reference = self._reference
+        return reference.error if reference is not None else (errno.ENOTCONN, "the socket is gone")
+
+    def _open(self, thread: _Thread) -> None:
+        """Be watched, with the window in this thread's hands from here on."""
+        while True:
+            try:
+                thread.shut()
+                break
+            except AsyncAbort as abort:  # an outer block's: sent again
+                abort.take_back()
+        if not thread.blocks:
+            thread.by_signal = thread.thread is threading.main_thread() and _install(thread)
+        thread.blocks.append(weakref.ref(self))
+        _watch(self, thread)
+
+    def _close(self, thread: _Thread) -> None:
+        """Undo ``_open``, as often as it is called, with nothing under way to this thread."""
+        _forget(self)
+        thread.remove(self)
+        if not thread.blocks and thread.installed:
+            _uninstall(thread)
+        reference, self._reference = self._reference, None
+        if reference is not None:
+            reference.close()
+
+
+_BLOCK, _EXIT = abort_when_failed, abort_when_failed.__exit__.__code__
+
+
+def _watch(block: abort_when_failed, thread: _Thread) -> None:
+    """Have the watcher look at a block; it is started if need be."""
+    global _watcher
+    with _lock:
+        if _watcher is None:
+            watcher = _Watcher()
+            watcher.start()
+            _watcher = watcher
+        _watcher.blocks.append((weakref.ref(block), thread))
+        _watcher.wake()
+
+
+def _forget(block: abort_when_failed) -> None:
+    """Be watched no more."""
+    with _lock:
+        if _watcher is not None:
+            _watcher.blocks[:] = [
+                pair for pair in _watcher.blocks if pair[0]() not in (None, block)
+            ]
+
+
+class _Watcher:
+    """The thread that waits for clients to go; ends when it has had nothing to watch for a while.
+
+    INVARIANT: one that ends is nobody's ``_watcher`` any more.
+    """
+
+    def __init__(self) -> None:
+        # Each with its thread: what is local to a thread others cannot see.
+        self.blocks: list[tuple[weakref.ref[abort_when_failed], _Thread]] = []
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.thread = threading.Thread(target=self._run, name="shmsock-abort", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        try:
+            self.thread.start()
+        except BaseException:
+            if not self.thread.is_alive():
+                self.forget()
+            raise
+
+    def wake(self) -> None:
+        """Have it look at what it watches; under the lock."""
+        if self._wake_fd >= 0:
+            os.eventfd_write(self._wake_fd, 1)
+
+    def forget(self) -> None:
+        """Close its number; under the lock, or alone."""
+        fd, self._wake_fd = self._wake_fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _run(self) -> None:
+        # A signal taken here would not end a wait of the main thread.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        idle = False
+        while True:
+            poller = select.poll()
+            poller.register(self._wake_fd, select.POLLIN)
+            with _lock:
+                if idle and not self.blocks:
+                    return self._end()
+                idle = not self.blocks
+                watched, wait_s = self._look(poller)
+            happened = {fd for fd, _ in poller.poll(wait_s * 1000)}
+            for block in watched:
+                block.hung_up = block.fd in happened
+            if self._wake_fd in happened:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._wake_fd)
+
+    def _end(self) -> None:
+        global _watcher
+        if _watcher is self:
+            _watcher = None
+        self.forget()
+
+    def _look(self, poller: select.poll) -> tuple[list[abort_when_failed], float]:
+        """Interrupt where the client has gone, and poll the others; under the lock."""
+        watched, wait_s = [], _LOOK_S
+        for pair in self.blocks[:]:
+            block, thread = pair[0](), pair[1]
+            if block is None or not thread.thread.is_alive():  # it ended without closing
+                self.blocks.remove(pair)
+            elif block.said or (not block.failed and block.fd < 0):
+                continue
+            elif not block.failed and not block.hung_up:
+                poller.register(block.fd, 0)  # POLLHUP and POLLERR
+                watched.append(block)
+            else:
+                # Failed: until it has raised. Hung up: its owner is about to fail it.
+                if block.failed:
+                    _interrupt(block, thread)
+                wait_s = min(wait_s, block.again_s)
+                block.again_s = min(2 * block.again_s, _AGAIN_S[1])
+        return watched, wait_s
+
+
+def _interrupt(block: abort_when_failed, thread: _Thread) -> None:
+    """Have the block's thread raise; under the lock, so that the block is open."""
+    if thread.by_signal:
+        signal.pthread_kill(thread.ident, ABORT_SIGNAL)
+    elif thread.take(_WATCHER):
+        try:
+            frame = sys._current_frames().get(thread.ident)
+            if thread.sent is None and not block.said and not _is_busy(frame, block.depth):
+                thread.sent = block
+                _set_async(thread.ident, AsyncAbort)
+        finally:
+            thread.give()
+
+
+def _set_async(ident: int, error: type[AsyncAbort] | None) -> None:
+    # A null pointer takes back what was sent and not raised yet.
+    what = ctypes.py_object(error) if error is not None else ctypes.c_void_p()
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), what)
+
+
+_PACKAGE = os.path.dirname(__file__) + os.sep
+# Where a thread waits, and has no lock.
+_WAITING = {
+    function.__code__
+    for function in (SocketRef.flush, SocketRef.wait_writable, Writers._wait, Writers._poll)
+}
+_BEGINNING = 2  # bytes of bytecode: nothing but RESUME
+_ENDS = {"__exit__", "close", "__del__"}  # not to be left out
+
+
+def _depth(frame: types.FrameType | None) -> int:
+    """How many calls of this package a thread is in."""
+    depth = 0
+    while frame is not None:
+        depth += frame.f_code.co_filename.startswith(_PACKAGE)
+        frame = frame.f_back
+    return depth
+
+
+def _is_busy(frame: types.FrameType | None, depth: int) -> bool:
+    """Whether a thread is where it should not be interrupted: it will be somewhere else soon.
+
+    That is inside this package, where it may have a lock, or be in the middle of another client's
+    message; and in a finaliser, where what is raised is lost.
+    """
+    inside = False
+    if frame is not None and frame.f_lasti <= _BEGINNING and frame.f_code.co_name not in _ENDS:
+        # It has only just been called. WHY NOT later: a loop of numpy and ``ref.failed`` looks for
+        # signals nowhere else.
+        frame = frame.f_back
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "__del__":
+            return True
+        if not inside and code.co_filename.startswith(_PACKAGE):
+            if code not in _WAITING:
+                return _depth(frame) > depth
+            inside = True
+        frame = frame.f_back
+    return False
+
+
+def _is_lost(frame: types.FrameType | None) -> bool:
+    """Whether what is raised there only gets a line in the log."""
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _on_signal(number: int, frame: types.FrameType | None) -> None:
+    thread = _local.thread
+    block = thread.failed()
+    if block is None:
+        if callable(thread.previous):
+            thread.previous(number, frame)
+    elif not thread.window and not _is_busy(frame, block.depth):  # else it is sent again
+        raise SocketFailedError(*block.say())
+
+
+def _install(thread: _Thread) -> bool:
+    """Have the signal raise, in the main thread; false if the old handler is not Python's."""
+    thread.previous = signal.getsignal(ABORT_SIGNAL)
+    if thread.previous is None:
+        return False
+    thread.installed = True  # first: undone twice does no harm
+    signal.signal(ABORT_SIGNAL, _on_signal)
+    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, {ABORT_SIGNAL})
+    thread.blocked = ABORT_SIGNAL in before
+    return True
+
+
+def _uninstall(thread: _Thread) -> None:
+    # A system call, so that one sent a moment ago comes now, to our handler: the next one might
+    # already let it through to the old handler.
+    signal.sigpending()
+    if thread.blocked:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {ABORT_SIGNAL})
+    signal.signal(ABORT_SIGNAL, thread.previous)
+    thread.installed, thread.previous = False, None
+
+
+def _error_of(runtime: Runtime, sid: int) -> tuple[int, str]:
+    reference = runtime.address_failed_as_well(sid)
+    if reference is None:
+        return errno.ENOTCONN, "the socket is gone"
+    with reference:
+        return reference.error
+
+
+def _forked() -> None:
+    """In a forked child: the parent's blocks are not its own."""
+    global _lock, _watcher
+    thread = _local.thread
+    if thread.sent is not None:
+        _set_async(thread.ident, None)
+        thread.sent = None
+    _lock = threading.Lock()
+    watcher, _watcher = _watcher, None
+    if watcher is not None:
+        watcher.forget()
+    for each in thread.blocks:
+        if (block := each()) is not None:
+            block._reference = None
+    thread.blocks.clear()
+    thread.window.clear()
+    if thread.installed and threading.current_thread() is threading.main_thread():
+        _uninstall(thread)
+    _local.thread = _Thread()
+
+
+os.register_at_fork(after_in_child=_forked)
