@@ -50,7 +50,7 @@ def test_an_example_says_what_the_page_says(
 ) -> None:
     (tmp_path / f"{module}.py").write_text(source)
     with (
-        Server(f"{module}:app", cwd=str(tmp_path)) as server,
+        Server(f"{module}:app", "--pool", "1", cwd=str(tmp_path)) as server,
         contextlib.ExitStack() as stack,
     ):
         people: dict[str, Client] = {}

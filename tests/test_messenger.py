@@ -81,6 +81,9 @@ class LineSession:
     def movable(self) -> bool:
         return not self.stays
 
+    def peer_ended(self, ref: shmsock.SocketRef) -> None:
+        pass
+
     def moved(self, sid: int) -> None:
         self.gone.append(sid)
 

@@ -33,6 +33,7 @@ from .protocol import Protocol
 
 if typing.TYPE_CHECKING:
     from shmsock import Dispatcher, Runtime, SocketRef
+    from shmsock.pool import ProcessPoolExecutor
 
 BUILT_IN = "workers.hub:app"
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -42,6 +43,7 @@ class Settings(typing.TypedDict):
     """What the command line said that a worker must know."""
 
     application: str
+    pool: int
     log_level: str
     password: str | None
     pages_remote: bool
@@ -57,6 +59,8 @@ class Context:
             ``groups``.
         dispatcher: The worker's loop: ``call_later``, ``call_soon``, ``add_reader``.
         settings: What the command line said.
+        pool: Processes that compute (``--pool``); ``pool.submit(job, ..., client=ref.id)``. None
+            without the flag. The worker shuts it down after ``on_shutdown``.
         draining: Whether this worker is to end: new work is better refused.
         health: Why this worker should get no new work, or None.
     """
@@ -64,6 +68,7 @@ class Context:
     runtime: Runtime
     dispatcher: Dispatcher
     settings: Settings
+    pool: ProcessPoolExecutor | None
     draining: collections.abc.Callable[[], bool]
     health: collections.abc.Callable[[], str | None]
 

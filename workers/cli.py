@@ -144,6 +144,13 @@ def _serve_parser(commands: typing.Any) -> None:
         help=f"HOST:PORT, [IPv6]:PORT or unix:PATH; may be given again (default {_DEFAULT_BIND})",
     )
     add("--workers", type=_positive, default=cores, help=f"processes (default {cores})")
+    add(
+        "--pool",
+        type=_positive_or_zero,
+        default=0,
+        metavar="N",
+        help="processes of each worker that compute, for applications that use them (default 0)",
+    )
     add("--slots", type=_positive, default=65_536, help="room in the table (default 65536)")
     add("--max-connections", type=_positive, help="over all workers (default: --slots)")
     add("--backlog", type=_positive, default=4096, help="unaccepted connections (default 4096)")
@@ -260,6 +267,7 @@ def _serve(options: argparse.Namespace) -> int:
             pages_remote=options.pages_remote,
             on_owner_death=options.on_owner_death,
             application=options.application or BUILT_IN,
+            pool=options.pool,
         )
     )
     return supervisor.run(lambda: print(_banner(supervisor), flush=True))

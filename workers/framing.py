@@ -86,6 +86,9 @@ class LineSession:
         """Always between two lines."""
         return not self._rest
 
+    def peer_ended(self, ref: SocketRef) -> None:
+        """Half a line is no message."""
+
     def moved(self, sid: int) -> None:
         """Nothing is kept of it."""
 

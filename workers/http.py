@@ -23,6 +23,7 @@ from __future__ import annotations
 import collections.abc
 import dataclasses
 import email.utils
+import errno
 import logging
 import re
 import time
@@ -81,7 +82,20 @@ class Response:
     headers: collections.abc.Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-Handler = collections.abc.Callable[[Request, "SocketRef"], Response]
+@dataclasses.dataclass(frozen=True)
+class Elsewhere:
+    """Another process answers this request, and its answer is the connection's last.
+
+    ``start`` is called as soon as that process may write: everything said before is with the
+    kernel. What the other process writes begins with ``stream_head`` or is ``whole_answer``, and
+    ends with ``release_additional_reference``. This worker goes on reading: when the client leaves
+    it fails the socket, and so ends what is done for it.
+    """
+
+    start: collections.abc.Callable[[], object]
+
+
+Handler = collections.abc.Callable[[Request, "SocketRef"], Response | Elsewhere]
 
 
 class _RefusedError(Exception):
@@ -174,6 +188,7 @@ class HttpSession:
         self._parser = httptools.HttpRequestParser(self._message)
         self._messages = 0
         self._closed = False
+        self._elsewhere = False
         self._out: list[bytes] = []
         self._out_bytes = 0
         self._begin()
@@ -194,14 +209,16 @@ class HttpSession:
         """Answer every request that ``data`` completes."""
         if self._closed:
             return False
+        if self._elsewhere:  # there is no next request
+            return True
         self._buffer += data
         try:
-            while not self._closed and (piece := self._next_piece()):
+            while not (self._closed or self._elsewhere) and (piece := self._next_piece()):
                 self._take(piece, ref)
         except _RefusedError as error:
             self._closed = True
             self._send(ref, error.response, keep_alive=False)
-        if self._closed:
+        if self._closed or self._elsewhere:
             self._buffer.clear()
         else:
             del self._buffer[: self._at]
@@ -212,7 +229,7 @@ class HttpSession:
 
     def idle(self) -> bool:
         """Whether we are between two requests, or after the last."""
-        return self._closed or (not self._buffer and not self._head_bytes)
+        return self._closed or not (self._elsewhere or self._buffer or self._head_bytes)
 
     def messages(self) -> int:
         """Requests handed to the handler."""
@@ -221,6 +238,11 @@ class HttpSession:
     def movable(self) -> bool:
         """Between two requests there is no state."""
         return not self._closed and self.idle()
+
+    def peer_ended(self, ref: SocketRef) -> None:
+        """Who computes for this client need not go on."""
+        if self._elsewhere:
+            ref.set_failed(errno.ECONNRESET, "the client left before its answer was whole")
 
     def moved(self, sid: int) -> None:
         """Nothing is kept of it."""
@@ -389,11 +411,14 @@ class HttpSession:
         keep_alive = request.keep_alive
         try:
             response = self._protocol.handler(request, ref)
-            self._send(ref, response, keep_alive=keep_alive and not self._protocol.closing())
+            if isinstance(response, Response):
+                self._send(ref, response, keep_alive=keep_alive and not self._protocol.closing())
         except Exception:
             log.exception("the handler of %s %s failed", request.method, ascii(request.path))
             raise _RefusedError(500, "the server has failed here; its log says how") from None
-        if self._out_bytes >= _FLUSH_BYTES:
+        if isinstance(response, Elsewhere):
+            self._leave(ref, response)
+        elif self._out_bytes >= _FLUSH_BYTES:
             # A few kilobytes of pipelined requests can ask for gigabytes of pages: let the bound
             # on unwritten bytes see them as they come.
             self._flush(ref)
@@ -416,6 +441,21 @@ class HttpSession:
                 took_ms,
             )
 
+    def _leave(self, ref: SocketRef, response: Elsewhere) -> None:
+        """Let another process answer, once what we have said ourselves is out."""
+        self._flush(ref)
+        if ref.unwritten_bytes():  # another process's message would overtake it
+            raise _RefusedError(503, "read the earlier answers first")
+        try:
+            response.start()
+        except Exception:
+            log.exception("an answer could not be started elsewhere")
+            raise _RefusedError(500, "the server has failed here; its log says how") from None
+        self._elsewhere = True
+        if access_log.isEnabledFor(logging.INFO):
+            method, target = self._method.decode("ascii"), self._target.decode("ascii")
+            access_log.info('%s "%s %s" is answered elsewhere', ref.peer or "-", method, target)
+
     def _append(self, data: bytes) -> None:
         self._out.append(data)
         self._out_bytes += len(data)
@@ -436,6 +476,20 @@ def _http_date() -> str:
     if _date[0] != now_s:
         _date = (now_s, email.utils.formatdate(now_s, usegmt=True))
     return _date[1]
+
+
+def whole_answer(response: Response) -> bytes:
+    """A response as a connection's last; for who answers from another process."""
+    return _head_of(response, keep_alive=False, old=False) + response.body
+
+
+def stream_head(
+    content_type: str, headers: collections.abc.Mapping[str, str] | None = None
+) -> bytes:
+    """The head of an answer whose body goes on until the connection is closed."""
+    response = Response(200, b"", content_type, headers or {})
+    head = _head_of(response, keep_alive=False, old=False)
+    return head.replace(b"Content-Length: 0\r\n", b"", 1)
 
 
 def _head_of(response: Response, *, keep_alive: bool, old: bool) -> bytes:

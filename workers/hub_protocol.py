@@ -230,6 +230,9 @@ class RespSession:
             return False
         return not self._closing and self._parser.idle()
 
+    def peer_ended(self, ref: SocketRef) -> None:
+        """Half a command is none."""
+
     def moved(self, sid: int) -> None:
         """Leave it to its new owner; its groups are its own."""
         self.hub.sessions.pop(sid, None)

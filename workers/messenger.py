@@ -163,6 +163,8 @@ class Messenger:
                 return False
             if not data:
                 # The peer will send no more, but may still read: what is queued goes out first.
+                if connection.session is not None:
+                    connection.session.peer_ended(ref)
                 self._close(ref, connection)
                 return False
             session = connection.session

@@ -10,7 +10,7 @@
     GET  /metrics             Prometheus text
 
 A browser (Accept has text/html) gets HTML, everything else plain text; ``?format=text|html|json``
-chooses. Whoever may see a page may end every connection, so ``_refusal`` stands before all of them.
+chooses. Whoever may see a page may end every connection, so ``refusal`` stands before all of them.
 What clients say of themselves is in these pages: HTML escapes every cell, text is made printable.
 """
 
@@ -99,9 +99,9 @@ class Pages:
     def __call__(self, request: Request, ref: SocketRef) -> Response:
         """Answer one request."""
         try:
-            refusal = _refusal(request, ref.peer, self._allow_remote)
-            if refusal:
-                raise _WrongRequestError(403, refusal)
+            why = refusal(request, ref.peer, self._allow_remote)
+            if why:
+                raise _WrongRequestError(403, why)
             return self._route(request)
         except _WrongRequestError as error:
             return _plain(error.status, error.text, error.headers)
@@ -364,7 +364,7 @@ def _reason(request: Request) -> str:
 # -- who may ask --------------------------------------------------------------------------------
 
 
-def _refusal(request: Request, peer: str, allow_remote: bool) -> str:
+def refusal(request: Request, peer: str, allow_remote: bool) -> str:
     """Why this request is not answered; empty when it is.
 
     Three ways in are closed:

@@ -42,6 +42,9 @@ class Session(typing.Protocol):
     def movable(self) -> bool:
         """Whether another worker may go on from the user data alone, the connection being idle."""
 
+    def peer_ended(self, ref: SocketRef) -> None:
+        """The peer will send no more; what is written still goes out, and then it is closed."""
+
     def moved(self, sid: int) -> None:
         """Forget the connection: another worker has it, and may be at it already."""
 

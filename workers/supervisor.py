@@ -83,6 +83,7 @@ class Config:
     pages_remote: bool = False
     on_owner_death: str = "rehome"
     application: str = BUILT_IN
+    pool: int = 0
 
 
 @dataclasses.dataclass
@@ -371,6 +372,7 @@ class Supervisor:
         config = self.config
         settings: Settings = {
             "application": config.application,
+            "pool": config.pool,
             "log_level": config.log_level,
             "password": config.password,
             "pages_remote": config.pages_remote,

@@ -14,6 +14,7 @@ import signal
 import sys
 
 from shmsock import Dispatcher, PoisonedError, Runtime
+from shmsock.pool import ProcessPoolExecutor
 
 from .application import Application, ApplicationError, Context, Settings, load
 from .leaving import Leaving
@@ -33,10 +34,13 @@ class Worker:
         self.runtime = Runtime.attach(name, role="worker")
         self.dispatcher = Dispatcher(self.runtime)
         self._draining = False
+        count = settings["pool"]
+        self.pool = ProcessPoolExecutor(name, count) if count else None
         context = Context(
             runtime=self.runtime,
             dispatcher=self.dispatcher,
             settings=settings,
+            pool=self.pool,
             draining=lambda: self._draining,
             health=self._health,
         )
@@ -66,6 +70,8 @@ class Worker:
         except Exception:
             log.exception("the application could not shut down")
             code = 1
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
         self.dispatcher.close()
         self.runtime.close()
         return code
