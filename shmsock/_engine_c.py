@@ -16,7 +16,8 @@ from ._engine_py import status_of
 from ._stripes_py import STRIPE_TIMEOUT_S, blockers, check_participation, table_full
 from .errors import ClosedError, PoisonedError, StripeTimeoutError
 from .layout import HEADER_INDEX, Status
-from .segment import Segment, Semaphores
+from .segment import Segment
+from .semaphores import Semaphores
 
 NAME = "c"
 Reference = _engine.Reference

@@ -48,7 +48,8 @@ from .layout import (
     Status,
     recycled_version,
 )
-from .segment import Cells, Segment, Semaphores
+from .segment import Cells, Segment
+from .semaphores import Semaphores
 
 NAME = "py"
 

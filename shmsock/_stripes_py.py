@@ -34,7 +34,8 @@ import posix_ipc
 
 from .errors import ClosedError, StripeTimeoutError, TableFullError
 from .layout import BROKEN, HEADER_INDEX, LIVE, OWN, WANT
-from .segment import Segment, Semaphores
+from .segment import Segment
+from .semaphores import Semaphores
 
 STRIPE_TIMEOUT_S = 10.0
 _LOOK_AFTER_S = 0.05  # a stripe contended for this long may be stuck: look for the dead

@@ -47,7 +47,8 @@ from .layout import (
 )
 from .peers import forget_name
 from .processes import ARBITER, Processes, barrier
-from .segment import Segment, Semaphores
+from .segment import Segment
+from .semaphores import Semaphores
 
 log = logging.getLogger("shmsock")
 

@@ -54,14 +54,11 @@ from .names import own_name, remove
 from .processes import HOST, REGISTRATION, LockFile, Processes
 from .recovery import Recovery
 from .segment import (
-    SHM_DIRECTORY,
-    SPARE_GENERATIONS,
     Segment,
-    Semaphores,
     check_name,
-    random_generation,
     run_directory,
 )
+from .semaphores import Semaphores, make_first, random_generation
 from .service import Service
 from .socket import SocketIO, SocketRef
 from .store import Store
@@ -230,7 +227,7 @@ class Runtime(View):
         try:
             first = random_generation()
             segment = Segment.create(name, layout, max_unwritten_bytes, first)
-            _make_semaphores(name, layout.stripes, first)
+            make_first(name, layout.stripes, first)
             runtime = cls(name, segment, lock_file, role)
         except BaseException:
             remove(name)
@@ -692,14 +689,7 @@ class Runtime(View):
 
     def _is_current(self) -> bool:
         """Whether the names on this machine are still this runtime's."""
-        return self._has_names() and self._lock_file.is_current()
-
-    def _has_names(self) -> bool:
-        try:
-            inode = os.stat(f"{SHM_DIRECTORY}/shmsock.{self.name}").st_ino
-        except FileNotFoundError:
-            return False
-        return inode == self._segment.inode
+        return self._segment.has_name() and self._lock_file.is_current()
 
     def _hung_up(self, sid: int) -> None:
         self._writers.hung_up(sid)
@@ -911,7 +901,7 @@ class Runtime(View):
         """Leave; the host also takes the names away."""
         closed, host = self._closed, self._still_host()
         self.close(unlink=True)
-        if closed and host and self._has_names():
+        if closed and host and self._segment.has_name():
             self.unlink()
 
     def __repr__(self) -> str:
@@ -978,34 +968,6 @@ def current() -> Runtime:
 def _adopt_current(runtime: Runtime) -> None:
     global _current
     _current = runtime
-
-
-def _make_semaphores(name: str, stripes: int, first_generation: int) -> None:
-    """Every stripe's semaphore, and its spare ones.
-
-    Raises:
-        OSError: ENOSPC: /dev/shm is full.
-        PermissionError: Somebody else made one of these names first.
-    """
-    semaphores = Semaphores(name, stripes)
-    try:
-        for stripe in range(stripes):
-            for ahead in range(1 + SPARE_GENERATIONS):
-                generation = first_generation + ahead
-                if semaphores.make(stripe, generation, int(ahead == 0)) is None:
-                    path = semaphores.path(stripe, generation)
-                    raise PermissionError(errno.EEXIST, "somebody else's semaphore", path)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise OSError(
-            errno.ENOSPC,
-            f"{SHM_DIRECTORY} is full: {stripes} stripes need {stripes * (1 + SPARE_GENERATIONS)} "
-            f"semaphores of {os.sysconf('SC_PAGE_SIZE')} bytes beside the segment: use fewer "
-            "stripes or slots, or enlarge it (Docker: --shm-size)",
-        ) from None
-    finally:
-        semaphores.close()
 
 
 @contextlib.contextmanager

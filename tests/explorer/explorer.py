@@ -25,7 +25,7 @@ import shmsock.channel
 import shmsock.descriptors
 import shmsock.processes
 import shmsock.recovery
-import shmsock.segment
+import shmsock.semaphores
 from shmsock.layout import Layout
 
 from . import memory
@@ -234,8 +234,8 @@ def simulated(world: World) -> collections.abc.Iterator[None]:
     clock, log = memory.Clock(world), logging.getLogger("shmsock")
     files = memory.FakeOs(world)
     patches: list[tuple[typing.Any, str, typing.Any]] = [
-        (shmsock.segment, "posix_ipc", memory.FakePosixIpc(world)),
-        (shmsock.segment, "os", files),
+        (shmsock.semaphores, "posix_ipc", memory.FakePosixIpc(world)),
+        (shmsock.semaphores, "os", files),
         (shmsock.descriptors, "os", files),
         (shmsock.channel, "os", files),
         (shmsock.processes, "fcntl", memory.FakeFcntl(world)),

@@ -109,7 +109,7 @@ def find(
 ATTEMPT = STRIPES, "Stripes._attempt"
 RETIRE = RECOVERY, "Recovery.retire"
 RECYCLE = ENGINE, "recycle"
-MAKE = "shmsock.segment", "Semaphores.make"
+MAKE = "shmsock.semaphores", "Semaphores.make"
 
 MUTANTS = [
     mutant(

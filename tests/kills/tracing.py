@@ -30,7 +30,7 @@ PROTOCOL = (
     "_engine_py.py",
     "recovery.py",
     "processes.py",
-    "segment.py:Semaphores",
+    "semaphores.py",
 )
 # What an application's call runs through besides.
 PUBLIC = (
