@@ -21,6 +21,7 @@ import typing
 import unittest.mock
 
 import shmsock._stripes_py
+import shmsock._table_py
 import shmsock.channel
 import shmsock.descriptors
 import shmsock.processes
@@ -244,7 +245,13 @@ def simulated(world: World) -> collections.abc.Iterator[None]:
         (sys, "unraisablehook", lambda _: None),  # finalisers of greenlets that are disposed of
         (log, "disabled", True),
     ]
-    for module in (shmsock.processes, shmsock.recovery, shmsock._stripes_py, world.module):
+    for module in (
+        shmsock.processes,
+        shmsock.recovery,
+        shmsock._stripes_py,
+        shmsock._table_py,
+        world.module,
+    ):
         if hasattr(module, "time"):
             patches.append((module, "time", clock))
     enabled = gc.isenabled()
