@@ -14,6 +14,7 @@ import contextlib
 import errno
 import logging
 import os
+import resource
 import secrets
 import select
 import socket
@@ -28,6 +29,8 @@ from .segment import Segment, run_directory
 from .service import Service
 
 log = logging.getLogger("shmsock")
+
+_FREE_FILES = 64  # what a process needs besides its sockets
 
 
 def shut_down(sock: socket.socket) -> None:
@@ -361,3 +364,18 @@ class Store:
                 gone.append(sid)
         if gone:
             link.tell(channel.GET_NO, gone, errno.ESTALE)
+
+
+def raise_open_files_limit(slots: int) -> None:
+    """As many descriptors as the kernel lets us have, and a word about what that means."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if soft - _FREE_FILES < slots:
+        log.info(
+            "%d slots, but the open-files limit lets the host keep %d sockets: ulimit -n",
+            slots,
+            soft - _FREE_FILES,
+        )

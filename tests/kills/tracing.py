@@ -37,7 +37,7 @@ PROTOCOL = (
 PUBLIC = (
     *PROTOCOL,
     *(f"{name}.py" for name in ("socket", "writing", "descriptors", "service", "channel")),
-    *(f"{name}.py" for name in ("runtime", "dispatcher", "store")),
+    *(f"{name}.py" for name in ("runtime", "participant", "dispatcher", "store")),
 )
 
 _TOOLS = (4, 3, 5)  # of sys.monitoring; hypothesis may have one of them
