@@ -17,8 +17,7 @@ import weakref
 
 import numpy as np
 
-from . import descriptors as _descriptors
-from .descriptors import kind_of, peer_of
+from .cache import kind_of, peer_of, wrap
 from .errors import (
     AlreadyRunningError,
     DescriptorError,
@@ -283,7 +282,7 @@ class Runtime(Participant):
         made: list[int] = []
         try:
             sid = self._engine.create(word, inode, kind, fate, peer, bytes(user_data), made)
-            held = _descriptors.wrap(sock.detach())
+            held = wrap(sock.detach())
             if word == self._engine.word or self._store is None:
                 self._descriptors.keep(sid, held)
                 self._descriptors.put(sid)

@@ -22,8 +22,8 @@ import unittest.mock
 
 import shmsock._stripes_py
 import shmsock._table_py
+import shmsock.cache
 import shmsock.channel
-import shmsock.descriptors
 import shmsock.processes
 import shmsock.recovery
 import shmsock.semaphores
@@ -237,7 +237,7 @@ def simulated(world: World) -> collections.abc.Iterator[None]:
     patches: list[tuple[typing.Any, str, typing.Any]] = [
         (shmsock.semaphores, "posix_ipc", memory.FakePosixIpc(world)),
         (shmsock.semaphores, "os", files),
-        (shmsock.descriptors, "os", files),
+        (shmsock.cache, "os", files),
         (shmsock.channel, "os", files),
         (shmsock.processes, "fcntl", memory.FakeFcntl(world)),
         (shmsock.recovery, "barrier", world.barrier),

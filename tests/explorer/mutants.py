@@ -23,7 +23,7 @@ from .table import SCENARIOS
 
 STRIPES, TABLE = "shmsock._stripes_py", "shmsock._table_py"
 ENGINE = "shmsock._engine_py"
-RECOVERY, DESCRIPTORS = "shmsock.recovery", "shmsock.descriptors"
+RECOVERY, CACHE = "shmsock.recovery", "shmsock.cache"
 # Functions that other modules have imported by name.
 _ALSO_IN = {"settle": (ENGINE, RECOVERY), "recycle": (RECOVERY,)}
 
@@ -272,14 +272,14 @@ MUTANTS = [
         "descriptors",
         Bounds(2),
         Change(
-            DESCRIPTORS,
-            "Descriptors.discard",
+            CACHE,
+            "Cache.discard",
             "del self._entries[sid]",
             "pass",
         ),
         Change(
-            DESCRIPTORS,
-            "Descriptors.discard",
+            CACHE,
+            "Cache.discard",
             "self._close(entry)",
             "self._entries.pop(sid, None)\nself._close(entry)",
         ),

@@ -36,7 +36,7 @@ PROTOCOL = (
 # What an application's call runs through besides.
 PUBLIC = (
     *PROTOCOL,
-    *(f"{name}.py" for name in ("socket", "writing", "descriptors", "service", "channel")),
+    *(f"{name}.py" for name in ("socket", "writing", "cache", "descriptors", "service", "channel")),
     *(f"{name}.py" for name in ("runtime", "participant", "dispatcher", "store")),
 )
 
