@@ -247,24 +247,14 @@ class Store:
     # -- the peers ------------------------------------------------------------------------------
 
     def _accept(self, _: int) -> None:
-        while True:
-            try:
-                sock, _address = self._listener.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                self._pause(error)
-                return
-            sock.setblocking(False)
-            if channel.peer_uid(sock) != os.geteuid():
-                sock.close()
-                continue
-            service = self._service
-            self._peers.add(
-                channel.Link(
-                    sock, service.watch, service.unwatch, self._fd_of, self._hear, self._lost
+        watch, unwatch = self._service.watch, self._service.unwatch
+        try:
+            for sock in channel.accept_all(self._listener):
+                self._peers.add(
+                    channel.Link(sock, watch, unwatch, self._fd_of, self._hear, self._lost)
                 )
-            )
+        except OSError as error:
+            self._pause(error)
 
     def _pause(self, error: OSError) -> None:
         """Out of descriptors: look away for 100 ms instead of spinning."""
