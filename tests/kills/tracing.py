@@ -26,6 +26,7 @@ _PACKAGE = os.path.dirname(os.path.abspath(shmsock.__file__))
 
 # What counts as protocol code: a file, or what a file defines under a name.
 PROTOCOL = (
+    "_engine_common.py",
     "_stripes_py.py",
     "_table_py.py",
     "_engine_py.py",
