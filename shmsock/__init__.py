@@ -31,9 +31,9 @@ from .layout import (
     parse_socket_id,
 )
 from .mending import Mended
-from .names import clean
+from .names import clean, names_on_machine
 from .runtime import Runtime, current
-from .segment import check_name, names_on_machine
+from .segment import check_name
 from .socket import SocketRef
 from .view import ProcessInfo
 from .wishes import Wish

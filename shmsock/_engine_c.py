@@ -6,17 +6,21 @@ Behaviour is that of ``_engine_py``: one suite tests both.
 
 from __future__ import annotations
 
-import collections.abc
 import logging
-import operator
 import typing
 
 from . import _engine
-from ._engine_py import status_of
-from ._stripes_py import STRIPE_TIMEOUT_S, blockers, check_participation, table_full
+from ._engine_common import (
+    STRIPE_TIMEOUT_S,
+    EngineBase,
+    blockers,
+    check_participation,
+    table_full,
+)
 from .errors import ClosedError, PoisonedError, StripeTimeoutError
-from .layout import HEADER_INDEX, Status
-from .segment import Segment, Semaphores
+from .layout import HEADER_INDEX
+from .segment import Segment
+from .semaphores import Semaphores
 
 NAME = "c"
 Reference = _engine.Reference
@@ -48,7 +52,7 @@ def reference_class(extended: type[T]) -> type[T]:
     return typing.cast("type[T]", Reference)
 
 
-class Engine(_engine.Engine):
+class Engine(_engine.Engine, EngineBase):
     """One process's hands on the slot table."""
 
     def __init__(
@@ -61,19 +65,12 @@ class Engine(_engine.Engine):
     ) -> None:
         """For the process that registered row ``index`` at ``epoch``."""
         assert reference_type is Reference  # there is one, and nothing can be derived from it
-        self.segment = segment
-        self.cells = segment.cells
-        self.semaphores = semaphores
-        # Called without the local lock: a stripe may be stuck.
-        self.repair: collections.abc.Callable[[int], object] = lambda stripe: None
-        # Called without the lock: a slot was let go of for the last time.
-        self.let_go: collections.abc.Callable[[int, bool], None] = lambda sid, recycled: None
-        # What this process's references can do beyond counting (socket.py).
-        self.io: typing.Any = None
+        EngineBase.__init__(self, segment, semaphores)
         layout = segment.layout
         offsets = {column.name: column.offset for column in layout.columns()[0]}
         offsets["poisoned"] = 8 * HEADER_INDEX["poisoned"]
-        super().__init__(
+        _engine.Engine.__init__(
+            self,
             segment.map,
             offsets,
             layout.slots,
@@ -86,10 +83,6 @@ class Engine(_engine.Engine):
     def collect(self) -> None:
         """Give back what was dropped; the counts themselves are exact: no finaliser is Python."""
         self.drain()
-
-    def status(self, sid: int) -> Status:
-        """What an id names now; takes nothing."""
-        return status_of(self.segment, operator.index(sid))
 
     # -- what _engine.c calls -------------------------------------------------------------------
 

@@ -32,38 +32,39 @@ import weakref
 
 import posix_ipc
 
-from .errors import ClosedError, StripeTimeoutError, TableFullError
+from ._engine_common import (
+    NOTHING,
+    STRIPE_TIMEOUT_S,
+    EngineBase,
+    blockers,
+    check_participation,
+)
+from .errors import StripeTimeoutError
 from .layout import BROKEN, HEADER_INDEX, LIVE, OWN, WANT
-from .segment import Segment, Semaphores
+from .segment import Segment
+from .semaphores import Semaphores
 
-STRIPE_TIMEOUT_S = 10.0
 _LOOK_AFTER_S = 0.05  # a stripe contended for this long may be stuck: look for the dead
 _NAP_S = (20e-6, 1e-3)
 
-# What a transition did, as bits.
-NOTHING, DONE, RECYCLED = 0, 1, 2
-CONTENDED = -1
+CONTENDED = -1  # beside what a transition did: it was not tried
 
 Body = collections.abc.Callable[[int, typing.Any], int]
 _POISONED = HEADER_INDEX["poisoned"]
 
 
-class Stripes:
+class Stripes(EngineBase):
     """One process's way into the stripes; the transitions that run inside are its subclass's."""
 
     def __init__(self, segment: Segment, semaphores: Semaphores, index: int, epoch: int) -> None:
         """For the process that registered row ``index`` at ``epoch``."""
-        self.segment = segment
-        self.cells = segment.cells
+        super().__init__(segment, semaphores)
         self._header = segment.header
-        self.semaphores = semaphores
         self.index = index
         self.word = epoch << 16 | index
         self.closed = False
         self.foreign = False  # a forked child's inherited engine: references are inert
         self.lock = threading.Lock()
-        # Called without the lock: a stripe may be stuck.
-        self.repair: collections.abc.Callable[[int], None] = lambda stripe: None
         self._slots = segment.layout.slots
         self._processes = segment.layout.processes
         self._stripes = segment.layout.stripes
@@ -233,55 +234,3 @@ class Stripes:
             elif not self.cells.held[at]:
                 self._holds.pop(slot)
         self.cells.claims[mine] = self.cells.claims[mine] | BROKEN
-
-
-# -- words for errors, of both engines ----------------------------------------------------------
-
-
-class Participant(typing.Protocol):
-    """What the words below need of an engine."""
-
-    segment: Segment
-    closed: bool
-    foreign: bool
-
-    @property
-    def index(self) -> int:
-        """Its process row."""
-
-    @property
-    def row_word(self) -> int:
-        """What its row holds as long as nobody fenced it: ``epoch << 8 | LIVE``."""
-
-
-def check_participation(engine: Participant) -> None:
-    """Raise what keeps a process out of the stripes: poisoned, closed, fenced or forked."""
-    segment = engine.segment
-    segment.check()
-    # A forked child's inherited engine would claim in its parent's name.
-    if engine.foreign or engine.closed or segment.cells.row_state[engine.index] != engine.row_word:
-        raise ClosedError(
-            f"this process is no participant of runtime {segment.name!r} any more: "
-            "Runtime.attach again"
-        )
-
-
-def blockers(engine: Participant, stripe: int, waited_s: float) -> str:
-    """Who claims a stripe, for StripeTimeoutError."""
-    names = {WANT: "WANT", OWN: "OWN", BROKEN: "BROKEN"}
-    segment, found = engine.segment, []
-    for index in range(segment.layout.processes):
-        claim = segment.cells.claims[index * segment.layout.stripes + stripe]
-        if claim and index != engine.index:
-            pid = segment.cells.row_pid[index]
-            found.append(f"process {index} (pid {pid}) claims {names[claim & 3]}")
-    who = ", ".join(found) or "no process claims it"
-    return f"stripe {stripe} could not be taken in {waited_s:.1f} s: {who}"
-
-
-def table_full(slots: int) -> TableFullError:
-    """What create raises."""
-    return TableFullError(
-        f"all {slots} slots are in use: raise `slots` of Runtime.create "
-        "(or --slots of `shmsock serve`), or close connections"
-    )

@@ -1,6 +1,6 @@
 /* The columns of one segment and the transitions of a slot. Pure C: no Python, no system calls.
  *
- * The twin of _engine_py.py. What is true is stored once, by one absolute store: version, state,
+ * The twin of _table_py.py. What is true is stored once, by one absolute store: version, state,
  * retired, owner, writer, held. nref is derived: every transition ends in settle(), which stores
  * additional + count(held). Whoever finds a stripe half-changed stores the same formula again.
  *

@@ -40,7 +40,8 @@ from .layout import (
     VERSION_LIMIT,
 )
 from .processes import Processes
-from .segment import SHM_DIRECTORY, SPARE_GENERATIONS, Segment, Semaphores, run_directory
+from .segment import SHM_DIRECTORY, Segment, run_directory
+from .semaphores import SPARE_GENERATIONS, Semaphores
 
 Array = np.ndarray[typing.Any, typing.Any]
 

@@ -178,6 +178,24 @@ def peer_uid(sock: socket.socket) -> int:
     return int(struct.unpack("3i", raw)[1])
 
 
+def accept_all(listener: socket.socket) -> collections.abc.Iterator[socket.socket]:
+    """Those who wait in front of a listener that does not block, if they are of our uid.
+
+    Raises:
+        OSError: This process is out of descriptors, and they still wait.
+    """
+    while True:
+        try:
+            sock, _ = listener.accept()
+        except BlockingIOError:
+            return
+        sock.setblocking(False)
+        if peer_uid(sock) == os.geteuid():
+            yield sock
+        else:
+            sock.close()
+
+
 class Link:
     """One end of a channel in a service loop: queues what cannot be sent, never waits.
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import typing
 
-from ._engine_py import recycle, settle
-from ._stripes_py import DONE, NOTHING, RECYCLED, STRIPE_TIMEOUT_S
+from ._engine_common import DONE, NOTHING, RECYCLED, STRIPE_TIMEOUT_S
+from ._table_py import recycle, settle
 
 _wanted = os.environ.get("SHMSOCK_ENGINE", "")
 if _wanted not in ("", "c", "py"):

@@ -36,7 +36,7 @@ from .layout import LIVE, SLOT_BITS, SLOT_MASK, format_socket_id
 
 if typing.TYPE_CHECKING:
     from .dispatcher import Consumer
-    from .runtime import Runtime
+    from .participant import Participant
 
 log = logging.getLogger("shmsock")
 
@@ -63,7 +63,7 @@ class HandOver:
         thread and the service thread.
     """
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Participant) -> None:
         """Nothing is offered."""
         self._runtime = runtime
         self._engine = runtime._engine
@@ -200,7 +200,7 @@ class HandOver:
                 return
         except (OSError, ShmsockError) as error:
             log.error("%s cannot be watched again: %s", format_socket_id(sid), error)
-            self._runtime.set_failed(sid, errno.EIO, "its owner could not watch it again")
+            self._runtime._io.set_failed(sid, errno.EIO, "its owner could not watch it again")
         self._ended(sid, offer)
 
     def _ended(self, sid: int, offer: Offer) -> None:

@@ -10,7 +10,8 @@ from .errors import AlreadyRunningError, RuntimeNotFoundError
 from .mending import Mended, Mender
 from .processes import LockFile, Processes
 from .recovery import Recovery
-from .segment import Segment, Semaphores, check_name
+from .segment import Segment, check_name
+from .semaphores import Semaphores
 from .view import View
 
 

@@ -33,7 +33,8 @@ from .layout import (
 )
 from .processes import ARBITER, Processes
 from .recovery import Recovery
-from .segment import SPARE_GENERATIONS, Segment, Semaphores
+from .segment import Segment
+from .semaphores import SPARE_GENERATIONS, Semaphores
 
 log = logging.getLogger("shmsock")
 

@@ -7,22 +7,36 @@ goes last, so that who is killed while removing is simply run again.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import shutil
+import stat
 import time
 
-from .errors import AlreadyRunningError, HostLostError, RuntimeNotFoundError
-from .processes import ATTACHED, HOST, REGISTRATION, LockFile
-from .segment import (
-    check_name,
-    is_poisoned,
-    make_run_directory,
-    names_on_machine,
-    run_directory,
-    unlink_names,
+import posix_ipc
+
+from .errors import (
+    AlreadyRunningError,
+    FormatError,
+    HostLostError,
+    InTransitionError,
+    RuntimeNotFoundError,
 )
+from .processes import ATTACHED, HOST, REGISTRATION, LockFile
+from .segment import NAME_PATTERN, SHM_DIRECTORY, Segment, check_name, run_directory
 
 _REMOVING_S = 0.5  # far more than taking all names away takes
+
+
+def names_on_machine() -> list[str]:
+    """The runtimes that left anything in shared memory, alive or not."""
+    found = set()
+    for entry in os.listdir(SHM_DIRECTORY):
+        pattern = rf"(?:sem\.)?shmsock\.({NAME_PATTERN})(?:\.run|\.\d+\.\d+)?"
+        if match := re.fullmatch(pattern, entry):
+            found.add(match[1])
+    return sorted(found)
 
 
 def own_name(name: str) -> LockFile:
@@ -62,6 +76,35 @@ def own_name(name: str) -> LockFile:
             return lock_file
 
 
+def make_run_directory(name: str) -> str:
+    """Make the private directory, or check that what is there is private and ours.
+
+    Raises:
+        PermissionError: Somebody else made it first: /dev/shm is open to everybody.
+    """
+    path = run_directory(name)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+    status = os.lstat(path)
+    private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077
+    if not private or status.st_uid != os.geteuid():
+        raise PermissionError(errno.EACCES, "not a private directory of this user", path)
+    return path
+
+
+def is_poisoned(name: str) -> bool | None:
+    """Whether the segment of a name is marked poisoned; None when there is none."""
+    try:
+        segment = Segment.attach(name, writable=False)
+    except (RuntimeNotFoundError, InTransitionError):
+        return None
+    except (FormatError, PermissionError):
+        return False
+    poisoned = bool(segment.get("poisoned"))
+    segment.close()
+    return poisoned
+
+
 def remove_contents(name: str) -> None:
     """Everything but the lock file and its directory."""
     unlink_names(name)
@@ -75,6 +118,27 @@ def remove_contents(name: str) -> None:
         else:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
+
+
+def unlink_names(name: str) -> None:
+    """Take away every name of a runtime but its lock file and run directory.
+
+    Raises:
+        PermissionError: The segment is another user's. A semaphore that is, is left: its
+            generation is none of ours.
+    """
+    for entry in os.listdir(SHM_DIRECTORY):
+        if re.fullmatch(rf"sem\.shmsock\.{re.escape(name)}\.\d+\.\d+", entry):
+            with contextlib.suppress(posix_ipc.ExistentialError, posix_ipc.PermissionsError):
+                posix_ipc.unlink_semaphore("/" + entry.removeprefix("sem."))
+    try:
+        posix_ipc.unlink_shared_memory(f"/shmsock.{name}")
+    except posix_ipc.ExistentialError:
+        pass
+    except posix_ipc.PermissionsError:
+        raise PermissionError(
+            errno.EACCES, "the runtime belongs to another user", f"/shmsock.{name}"
+        ) from None
 
 
 def remove(name: str) -> None:

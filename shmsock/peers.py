@@ -126,23 +126,15 @@ class Door:
         self._listener.close()
 
     def _accept(self, _: int) -> None:
-        while True:
-            try:
-                sock, _address = self._listener.accept()
-            except BlockingIOError:
-                return
-            except OSError:  # out of descriptors: look away for a moment instead of spinning
-                self._service.unwatch(self._listener.fileno())
-                self._service.call_later(_PAUSE_S, self._listen)
-                return
-            sock.setblocking(False)
-            if channel.peer_uid(sock) != os.geteuid():
-                sock.close()
-                continue
-            watch, unwatch = self._service.watch, self._service.unwatch
-            self._links.add(
-                channel.Link(sock, watch, unwatch, self._resolve, self._hear, self._links.discard)
-            )
+        watch, unwatch, ended = self._service.watch, self._service.unwatch, self._links.discard
+        try:
+            for sock in channel.accept_all(self._listener):
+                self._links.add(
+                    channel.Link(sock, watch, unwatch, self._resolve, self._hear, ended)
+                )
+        except OSError:  # out of descriptors: look away for a moment instead of spinning
+            self._service.unwatch(self._listener.fileno())
+            self._service.call_later(_PAUSE_S, self._listen)
 
     def _hear(self, link: channel.Link, message: channel.Message) -> None:
         if message.descriptors:

@@ -46,8 +46,9 @@ from .layout import (
     SLOT_MASK,
 )
 from .peers import forget_name
-from .processes import ARBITER, Processes, barrier
-from .segment import Segment, Semaphores
+from .processes import ARBITER, LockFile, Processes, barrier
+from .segment import Segment
+from .semaphores import Semaphores
 
 log = logging.getLogger("shmsock")
 
@@ -374,3 +375,16 @@ class Recovery:
     def audit(self, patience_s: float = 0.0) -> list[str]:
         """A line for each invariant that does not hold; see audit.py."""
         return [breach.text for breach in self.auditor.breaches(patience_s)]
+
+
+def look_from_outside(segment: Segment) -> None:
+    """Look for the dead without being a participant; every stripe is retired instead of taken."""
+    lock_file = LockFile.open(segment.name, create=False)
+    if lock_file.share():
+        semaphores = Semaphores(segment.name, segment.layout.stripes)
+        try:
+            if lock_file.is_current():
+                Recovery(segment, Processes(segment, lock_file), semaphores).look()
+        finally:
+            semaphores.close()
+            lock_file.unshare()

@@ -1,7 +1,7 @@
-"""The shared mapping of one runtime, its named semaphores and its run directory.
+"""The shared mapping of one runtime, and where its names are.
 
     /dev/shm/shmsock.<name>                      the segment: header page and columns (layout.py)
-    /dev/shm/sem.shmsock.<name>.<stripe>.<gen>   one semaphore a stripe in use, two spare ones
+    /dev/shm/sem.shmsock.<name>.<stripe>.<gen>   semaphores.py: one a stripe in use, two spare ones
     /dev/shm/shmsock.<name>.run/                 lock file, control socket, groups; mode 0700
 
 Everything carries the runtime's name, so that what a crash of *everything* leaves behind is found
@@ -24,7 +24,6 @@ import mmap
 import os
 import re
 import secrets
-import stat
 import sys
 import time
 import typing
@@ -52,13 +51,12 @@ Array = np.ndarray[typing.Any, typing.Any]
 
 SHM_DIRECTORY = "/dev/shm"
 FIRST_GENERATION = 1
-SPARE_GENERATIONS = 2
 
 _POISONED = HEADER_INDEX["poisoned"]
 # From 3.13 on a mapping can do without a duplicate of the descriptor.
 _NO_DESCRIPTOR: typing.Any = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
 
 
 def check_name(name: str) -> str:
@@ -67,7 +65,7 @@ def check_name(name: str) -> str:
     Raises:
         ValueError: It cannot: letters, digits, ``_`` and ``-``, at most 64.
     """
-    if not _NAME.fullmatch(name):
+    if not re.fullmatch(NAME_PATTERN, name):
         raise ValueError(
             f"{name!r} cannot name a runtime: use 1 to 64 letters, digits, '_' and '-', "
             "starting with a letter or digit"
@@ -78,26 +76,6 @@ def check_name(name: str) -> str:
 def run_directory(name: str) -> str:
     """Where a runtime keeps its lock file, control socket and groups."""
     return f"{SHM_DIRECTORY}/shmsock.{name}.run"
-
-
-def random_generation() -> int:
-    """Where a runtime's generations start.
-
-    Random, as the first version is: the names of semaphores carry their generation, so a repairer
-    of an earlier runtime of this name that was stopped in the middle, and goes on, neither unlinks
-    nor makes one of ours.
-    """
-    return secrets.randbelow(1 << 28) << 32 | FIRST_GENERATION
-
-
-def names_on_machine() -> list[str]:
-    """The runtimes that left anything in shared memory, alive or not."""
-    found = set()
-    for entry in os.listdir(SHM_DIRECTORY):
-        match = re.fullmatch(r"(?:sem\.)?shmsock\.([^.]+)(?:\.run|\.\d+\.\d+)?", entry)
-        if match and _NAME.fullmatch(match[1]):
-            found.add(match[1])
-    return sorted(found)
 
 
 class Columns:
@@ -216,6 +194,13 @@ class Segment:
         with contextlib.suppress(BufferError):
             self.map.close()
 
+    def has_name(self) -> bool:
+        """Whether the name on this machine is still this segment's."""
+        try:
+            return os.stat(f"{SHM_DIRECTORY}/shmsock.{self.name}").st_ino == self.inode
+        except FileNotFoundError:
+            return False
+
     def get(self, word: str) -> int:
         """Read a header word."""
         return int(self.header[HEADER_INDEX[word]])
@@ -293,7 +278,7 @@ class Segment:
             name: Of the runtime.
             layout: Its sizes.
             max_unwritten_bytes: Kept in the header.
-            first_generation: Of every stripe's semaphore; see ``random_generation``.
+            first_generation: Of every stripe's semaphore; see semaphores.py.
 
         Raises:
             FileExistsError: The name is taken.
@@ -418,197 +403,3 @@ def _read_header(name: str, fd: int) -> Layout:
         if wrong:
             raise FormatError(f"/shmsock.{name}: {word} is {header[word]:#x}, which cannot be")
     return layout
-
-
-def _open_spare() -> tuple[int, int]:
-    """A descriptor that is nobody else's, and its inode, which tells that it still is."""
-    fd = os.memfd_create("shmsock-spare", os.MFD_CLOEXEC)
-    return fd, os.fstat(fd).st_ino
-
-
-class Semaphores:
-    """A process's handles on the stripes' semaphores.
-
-    A handle is a mapping, not a descriptor, but opening one needs a descriptor for a moment. One
-    spare is kept to burn, so that recovery works at the limit of open files.
-    """
-
-    def __init__(self, name: str, stripes: int) -> None:
-        """Nothing is opened yet."""
-        self.name = name
-        self._handles: list[dict[int, posix_ipc.Semaphore]] = [{} for _ in range(stripes)]
-        # A list: two threads that renew at once keep two, and lose none.
-        self._spares = [_open_spare()]
-
-    def path(self, stripe: int, generation: int) -> str:
-        """The POSIX name."""
-        return f"/shmsock.{self.name}.{stripe}.{generation}"
-
-    def get(self, stripe: int, generation: int) -> posix_ipc.Semaphore | None:
-        """The semaphore, opened once; None when its name is gone, so it has been retired."""
-        try:
-            return self._handles[stripe][generation]
-        except KeyError:
-            handle = self._open(stripe, generation)
-        if handle is not None:
-            self._handles[stripe][generation] = handle
-        return handle
-
-    def _open(self, stripe: int, generation: int) -> posix_ipc.Semaphore | None:
-        path = self.path(stripe, generation)
-        try:
-            return posix_ipc.Semaphore(path)
-        except posix_ipc.ExistentialError:
-            return None
-        except OSError as error:  # EMFILE or ENFILE: posix_ipc gives them a text and no errno
-            if not self._spares:
-                raise OSError(
-                    error.errno or errno.EMFILE, f"a stripe's semaphore: {error}"
-                ) from None
-        # WHY NOT under a lock: two threads here at once both fail or both succeed; a spare that
-        # another thread's file took is opened again at the next timer.
-        self.burn_spare()
-        try:
-            return posix_ipc.Semaphore(path)
-        except posix_ipc.ExistentialError:
-            return None
-        finally:
-            self.renew_spare()
-
-    def burn_spare(self) -> None:
-        """Let the spare descriptors go, for something that needs one for a moment."""
-        with contextlib.suppress(IndexError):
-            while True:
-                fd, inode = self._spares.pop()
-                # Foreign code may have closed and reused the number.
-                with contextlib.suppress(OSError):
-                    if os.fstat(fd).st_ino == inode:
-                        os.close(fd)
-
-    def renew_spare(self) -> None:
-        """Hold a descriptor to burn, if there is one to be had."""
-        if not self._spares:
-            with contextlib.suppress(OSError):
-                self._spares.append(_open_spare())
-
-    def make(self, stripe: int, generation: int, value: int = 0) -> posix_ipc.Semaphore | None:
-        """Open the semaphore of a generation not yet in use, making it if it does not exist.
-
-        Returns:
-            None if what has the name cannot be trusted: it is another user's, or open to others,
-            or has not ``value`` (a token nobody may have). The caller takes another generation:
-            WHY NOT unlink it and make it anew: others may have this one open already.
-
-        Raises:
-            OSError: ENOSPC, EMFILE.
-        """
-        try:
-            handle = self.get(stripe, generation)
-            if handle is None:
-                self.burn_spare()
-                try:
-                    handle = posix_ipc.Semaphore(
-                        self.path(stripe, generation), posix_ipc.O_CREX, 0o600, value
-                    )
-                finally:
-                    self.renew_spare()
-                self._handles[stripe][generation] = handle
-            status = os.lstat(f"{SHM_DIRECTORY}/sem.{self.path(stripe, generation)[1:]}")
-        except (posix_ipc.PermissionsError, posix_ipc.ExistentialError, FileNotFoundError):
-            return None  # another user's; or made, or taken away, by somebody else at this moment
-        private = stat.S_ISREG(status.st_mode) and not status.st_mode & 0o077
-        found = self._handles[stripe][generation].value
-        return handle if private and status.st_uid == os.geteuid() and found == value else None
-
-    @staticmethod
-    def value(name: str, stripe: int, generation: int) -> int | None:
-        """What a semaphore's value is now, by its name; None if it has none.
-
-        WHY NOT a cached handle: the timer may close it meanwhile, and a look must not keep any.
-        """
-        try:
-            semaphore = posix_ipc.Semaphore(f"/shmsock.{name}.{stripe}.{generation}")
-        except posix_ipc.ExistentialError:
-            return None
-        try:
-            return int(semaphore.value)
-        finally:
-            semaphore.close()
-
-    def empty(self, stripe: int, generation: int) -> None:
-        """Take every token out of a spare semaphore; the arbiter is held, so nobody waits for one.
-
-        WHY NOT a new one of its name: who has the old one open would not exclude who opens it anew.
-        """
-        semaphore = self.get(stripe, generation)
-        while semaphore is not None and semaphore.value:
-            with contextlib.suppress(posix_ipc.BusyError):
-                semaphore.acquire(0)
-
-    def unlink(self, stripe: int, generation: int) -> None:
-        """Take the name away, if it is ours; those who have the semaphore open keep it."""
-        with contextlib.suppress(posix_ipc.ExistentialError, posix_ipc.PermissionsError):
-            posix_ipc.unlink_semaphore(self.path(stripe, generation))
-
-    def forget_retired(self, stripe: int, generation: int) -> None:
-        """Close the handles of generations before ``generation``; nobody may be using them."""
-        handles = self._handles[stripe]
-        for old in [g for g in list(handles) if g < generation]:  # a repairer may be adding one
-            handles.pop(old).close()
-
-    def close(self) -> None:
-        """Close every handle."""
-        for handles in self._handles:
-            while handles:
-                handles.popitem()[1].close()
-        self.burn_spare()
-
-
-def make_run_directory(name: str) -> str:
-    """Make the private directory, or check that what is there is private and ours.
-
-    Raises:
-        PermissionError: Somebody else made it first: /dev/shm is open to everybody.
-    """
-    path = run_directory(name)
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(path, 0o700)
-    status = os.lstat(path)
-    private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077
-    if not private or status.st_uid != os.geteuid():
-        raise PermissionError(errno.EACCES, "not a private directory of this user", path)
-    return path
-
-
-def unlink_names(name: str) -> None:
-    """Take away every name of a runtime but its lock file and run directory.
-
-    Raises:
-        PermissionError: The segment is another user's. A semaphore that is, is left: its
-            generation is none of ours.
-    """
-    for entry in os.listdir(SHM_DIRECTORY):
-        if re.fullmatch(rf"sem\.shmsock\.{re.escape(name)}\.\d+\.\d+", entry):
-            with contextlib.suppress(posix_ipc.ExistentialError, posix_ipc.PermissionsError):
-                posix_ipc.unlink_semaphore("/" + entry.removeprefix("sem."))
-    try:
-        posix_ipc.unlink_shared_memory(f"/shmsock.{name}")
-    except posix_ipc.ExistentialError:
-        pass
-    except posix_ipc.PermissionsError:
-        raise PermissionError(
-            errno.EACCES, "the runtime belongs to another user", f"/shmsock.{name}"
-        ) from None
-
-
-def is_poisoned(name: str) -> bool | None:
-    """Whether the segment of a name is marked poisoned; None when there is none."""
-    try:
-        segment = Segment.attach(name, writable=False)
-    except (RuntimeNotFoundError, InTransitionError):
-        return None
-    except (FormatError, PermissionError):
-        return False
-    poisoned = bool(segment.get("poisoned"))
-    segment.close()
-    return poisoned

@@ -7,7 +7,8 @@ import errno
 import socket
 import time
 
-from .descriptors import Descriptors, Entry
+from .cache import Entry
+from .descriptors import Descriptors
 from .engine import Engine, Reference, reference_class
 from .errors import ClosedError, SocketFailedError
 from .layout import LIVE, SLOT_BITS, SLOT_MASK, USER_DATA_BYTES, recycled_version

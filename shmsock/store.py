@@ -14,6 +14,7 @@ import contextlib
 import errno
 import logging
 import os
+import resource
 import secrets
 import select
 import socket
@@ -28,6 +29,8 @@ from .segment import Segment, run_directory
 from .service import Service
 
 log = logging.getLogger("shmsock")
+
+_FREE_FILES = 64  # what a process needs besides its sockets
 
 
 def shut_down(sock: socket.socket) -> None:
@@ -244,24 +247,14 @@ class Store:
     # -- the peers ------------------------------------------------------------------------------
 
     def _accept(self, _: int) -> None:
-        while True:
-            try:
-                sock, _address = self._listener.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                self._pause(error)
-                return
-            sock.setblocking(False)
-            if channel.peer_uid(sock) != os.geteuid():
-                sock.close()
-                continue
-            service = self._service
-            self._peers.add(
-                channel.Link(
-                    sock, service.watch, service.unwatch, self._fd_of, self._hear, self._lost
+        watch, unwatch = self._service.watch, self._service.unwatch
+        try:
+            for sock in channel.accept_all(self._listener):
+                self._peers.add(
+                    channel.Link(sock, watch, unwatch, self._fd_of, self._hear, self._lost)
                 )
-            )
+        except OSError as error:
+            self._pause(error)
 
     def _pause(self, error: OSError) -> None:
         """Out of descriptors: look away for 100 ms instead of spinning."""
@@ -361,3 +354,18 @@ class Store:
                 gone.append(sid)
         if gone:
             link.tell(channel.GET_NO, gone, errno.ESTALE)
+
+
+def raise_open_files_limit(slots: int) -> None:
+    """As many descriptors as the kernel lets us have, and a word about what that means."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if soft - _FREE_FILES < slots:
+        log.info(
+            "%d slots, but the open-files limit lets the host keep %d sockets: ulimit -n",
+            slots,
+            soft - _FREE_FILES,
+        )

@@ -28,7 +28,8 @@ import socket
 import threading
 import time
 
-from .descriptors import Descriptors, Entry
+from .cache import Entry
+from .descriptors import Descriptors
 from .engine import Engine, Reference
 from .errors import (
     ClosedError,

@@ -26,9 +26,11 @@ import warnings
 
 import shmsock.engine
 import shmsock.layout
+import shmsock.names
 import shmsock.processes
 import shmsock.recovery
 import shmsock.segment
+import shmsock.semaphores
 
 WATCHDOG_S = 60.0
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -298,7 +300,7 @@ class Member:
         except BaseException:
             lock_file.unshare()
             raise
-        self.semaphores = shmsock.segment.Semaphores(self.name, self.layout.stripes)
+        self.semaphores = shmsock.semaphores.Semaphores(self.name, self.layout.stripes)
         self.engine = engine_module.Engine(
             segment, self.semaphores, self.index, self.epoch, engine_module.Reference
         )
@@ -318,11 +320,11 @@ class Member:
         stripes: int = 2,
     ) -> Member:
         """Make a table and take its first row."""
-        shmsock.segment.make_run_directory(name)
+        shmsock.names.make_run_directory(name)
         lock_file = shmsock.processes.LockFile.open(name, create=True)
         layout = shmsock.layout.Layout.fit(slots, processes, stripes)
         segment = shmsock.segment.Segment.create(name, layout, 1 << 20)
-        semaphores = shmsock.segment.Semaphores(name, layout.stripes)
+        semaphores = shmsock.semaphores.Semaphores(name, layout.stripes)
         for stripe in range(layout.stripes):
             for generation in range(1, 4):
                 semaphores.make(stripe, generation, int(generation == 1))
@@ -384,7 +386,7 @@ class Member:
 
     def unlink(self) -> None:
         """Take every name away."""
-        shmsock.segment.unlink_names(self.name)
+        shmsock.names.unlink_names(self.name)
         shutil.rmtree(shmsock.segment.run_directory(self.name), ignore_errors=True)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import shmsock
 from shmsock import channel
-from shmsock.descriptors import kind_of, peer_of
+from shmsock.cache import kind_of, peer_of
 
 from .helpers import (
     Peer,

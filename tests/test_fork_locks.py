@@ -101,7 +101,7 @@ def test_a_child_forked_while_every_lock_of_the_library_is_held_works(
         "LockFile._mutex",
         "LockFile._open_lock",
         "Store._arrival",
-        "shmsock.runtime._fork_lock",
+        "shmsock.participant._fork_lock",
     } <= set(locks), sorted(locks)
 
     go_read, go = os.pipe()

@@ -18,7 +18,8 @@ import pytest
 import shmsock
 from shmsock import Inspector, PoisonedError, Runtime, Status
 from shmsock.layout import BROKEN, HEADER_INDEX, LIVE, OPEN, RECYCLING, WANT
-from shmsock.segment import Segment, Semaphores
+from shmsock.segment import Segment
+from shmsock.semaphores import Semaphores
 
 from .helpers import Forked, Peer, connected, wait_until
 from .test_hammer import in_child

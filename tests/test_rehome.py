@@ -327,7 +327,7 @@ def test_a_host_gives_back_what_a_dead_process_held_without_waiting_for_its_time
 
     Nobody else would do it: the timer does not come.
     """
-    monkeypatch.setattr("shmsock.runtime._TICK_S", 3600.0)
+    monkeypatch.setattr("shmsock.participant._TICK_S", 3600.0)
     with Runtime.create(name, slots=64, processes=8, stripes=2) as runtime:
         ours, theirs = socket.socketpair()
         sid = runtime.create_socket(ours)

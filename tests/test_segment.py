@@ -17,15 +17,9 @@ import pytest
 import shmsock
 from shmsock.errors import FormatError, InTransitionError, RuntimeNotFoundError
 from shmsock.layout import HEADER_WORDS, PAGE_BYTES, Layout
-from shmsock.segment import (
-    Segment,
-    Semaphores,
-    check_name,
-    make_run_directory,
-    names_on_machine,
-    run_directory,
-    unlink_names,
-)
+from shmsock.names import make_run_directory, names_on_machine, unlink_names
+from shmsock.segment import Segment, check_name, run_directory
+from shmsock.semaphores import Semaphores
 
 from . import helpers
 from .helpers import Forked, Member

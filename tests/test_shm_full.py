@@ -15,7 +15,8 @@ import pytest
 
 import shmsock
 from shmsock.layout import BROKEN, CLOSED, OPEN, OPENING
-from shmsock.segment import Segment, Semaphores
+from shmsock.segment import Segment
+from shmsock.semaphores import Semaphores
 
 from .helpers import REPOSITORY, WATCHDOG_S, Forked, Member, wait_until
 

@@ -147,7 +147,7 @@ KILL_POINTS = [
     ("os.unlink", 1),
     ("os.rmdir", 1),
     ("os.posix_fallocate", 1),
-    ("shmsock.segment.Semaphores.make", 100),
+    ("shmsock.semaphores.Semaphores.make", 100),
     ("shmsock.store.Store.__init__", 1),
 ]
 

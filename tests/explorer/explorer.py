@@ -21,11 +21,12 @@ import typing
 import unittest.mock
 
 import shmsock._stripes_py
+import shmsock._table_py
+import shmsock.cache
 import shmsock.channel
-import shmsock.descriptors
 import shmsock.processes
 import shmsock.recovery
-import shmsock.segment
+import shmsock.semaphores
 from shmsock.layout import Layout
 
 from . import memory
@@ -234,9 +235,9 @@ def simulated(world: World) -> collections.abc.Iterator[None]:
     clock, log = memory.Clock(world), logging.getLogger("shmsock")
     files = memory.FakeOs(world)
     patches: list[tuple[typing.Any, str, typing.Any]] = [
-        (shmsock.segment, "posix_ipc", memory.FakePosixIpc(world)),
-        (shmsock.segment, "os", files),
-        (shmsock.descriptors, "os", files),
+        (shmsock.semaphores, "posix_ipc", memory.FakePosixIpc(world)),
+        (shmsock.semaphores, "os", files),
+        (shmsock.cache, "os", files),
         (shmsock.channel, "os", files),
         (shmsock.processes, "fcntl", memory.FakeFcntl(world)),
         (shmsock.recovery, "barrier", world.barrier),
@@ -244,7 +245,13 @@ def simulated(world: World) -> collections.abc.Iterator[None]:
         (sys, "unraisablehook", lambda _: None),  # finalisers of greenlets that are disposed of
         (log, "disabled", True),
     ]
-    for module in (shmsock.processes, shmsock.recovery, shmsock._stripes_py, world.module):
+    for module in (
+        shmsock.processes,
+        shmsock.recovery,
+        shmsock._stripes_py,
+        shmsock._table_py,
+        world.module,
+    ):
         if hasattr(module, "time"):
             patches.append((module, "time", clock))
     enabled = gc.isenabled()

@@ -26,7 +26,8 @@ import posix_ipc
 
 from shmsock.layout import BROKEN, HEADER_WORDS, OPEN, OWN, PAGE_BYTES, Layout
 from shmsock.processes import LockFile
-from shmsock.segment import Cells, Columns, Semaphores
+from shmsock.segment import Cells, Columns
+from shmsock.semaphores import Semaphores
 
 if typing.TYPE_CHECKING:
     from .world import World
@@ -273,7 +274,7 @@ class Handle:
 
 
 class FakePosixIpc:
-    """``posix_ipc`` as segment.py uses it, over the world's names."""
+    """``posix_ipc`` as semaphores.py uses it, over the world's names."""
 
     O_CREX = posix_ipc.O_CREX
     ExistentialError = posix_ipc.ExistentialError

@@ -21,10 +21,11 @@ from .explorer import Explorer, Report
 from .participants import Bounds
 from .table import SCENARIOS
 
-STRIPES, ENGINE = "shmsock._stripes_py", "shmsock._engine_py"
-RECOVERY, DESCRIPTORS = "shmsock.recovery", "shmsock.descriptors"
+STRIPES, TABLE = "shmsock._stripes_py", "shmsock._table_py"
+ENGINE = "shmsock._engine_py"
+RECOVERY, CACHE = "shmsock.recovery", "shmsock.cache"
 # Functions that other modules have imported by name.
-_ALSO_IN = {"settle": (RECOVERY,), "recycle": (RECOVERY,)}
+_ALSO_IN = {"settle": (ENGINE, RECOVERY), "recycle": (RECOVERY,)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +109,8 @@ def find(
 
 ATTEMPT = STRIPES, "Stripes._attempt"
 RETIRE = RECOVERY, "Recovery.retire"
-RECYCLE = ENGINE, "recycle"
-MAKE = "shmsock.segment", "Semaphores.make"
+RECYCLE = TABLE, "recycle"
+MAKE = "shmsock.semaphores", "Semaphores.make"
 
 MUTANTS = [
     mutant(
@@ -199,7 +200,7 @@ MUTANTS = [
         "fail-hold",
         Bounds(1, kills=1),
         Change(
-            ENGINE,
+            TABLE,
             "settle",
             "nref = additional + attached(cells, slot, processes)",
             "nref = cells.versioned_ref[slot] & SLOT_MASK",
@@ -218,8 +219,8 @@ MUTANTS = [
             "return settle(self.cells, slot, self._processes) | 4",
         ),
         Change(
-            ENGINE,
-            "Engine._set_failed",
+            TABLE,
+            "Table._set_failed",
             "nref = self.cells.versioned_ref[slot] & SLOT_MASK",
             "nref = (self.cells.versioned_ref[slot] & SLOT_MASK) - 1",
         ),
@@ -260,8 +261,8 @@ MUTANTS = [
         "renew-hold",
         Bounds(1, kills=1),
         Change(
-            ENGINE,
-            "Engine._create",
+            TABLE,
+            "Table._create",
             "now_ns = time.monotonic_ns()",
             "now_ns = time.monotonic_ns()\ncells.state[slot] = LIVE",
         ),
@@ -271,14 +272,14 @@ MUTANTS = [
         "descriptors",
         Bounds(2),
         Change(
-            DESCRIPTORS,
-            "Descriptors.discard",
+            CACHE,
+            "Cache.discard",
             "del self._entries[sid]",
             "pass",
         ),
         Change(
-            DESCRIPTORS,
-            "Descriptors.discard",
+            CACHE,
+            "Cache.discard",
             "self._close(entry)",
             "self._entries.pop(sid, None)\nself._close(entry)",
         ),
@@ -396,15 +397,15 @@ MUTANTS = [
         "set_failed looks at the version outside the stripe alone",
         "release-fail",
         Bounds(1),
-        Change(ENGINE, "Engine._set_failed", "if not self._is_live(slot, sid):", "if False:"),
+        Change(TABLE, "Table._set_failed", "if not self._is_live(slot, sid):", "if False:"),
     ),
     mutant(
         "inherit does not look at the heir",
         "give-take",
         Bounds(1),
         Change(
-            ENGINE,
-            "Engine._inherit",
+            TABLE,
+            "Table._inherit",
             "if not self._is_live(slot, sid) or cells.heir[slot] != self.word or cells.busy[slot]:",
             "if not self._is_live(slot, sid) or cells.busy[slot]:",
         ),
@@ -414,8 +415,8 @@ MUTANTS = [
         "give-place",
         Bounds(1, kills=1),
         Change(
-            ENGINE,
-            "Engine._withdraw",
+            TABLE,
+            "Table._withdraw",
             "mine = cells.owner[slot] == self.word and cells.heir[slot] == heir",
             "mine = cells.owner[slot] == self.word",
         ),
@@ -425,8 +426,8 @@ MUTANTS = [
         "give-take",
         Bounds(1),
         Change(
-            ENGINE,
-            "Engine._withdraw",
+            TABLE,
+            "Table._withdraw",
             "mine = cells.owner[slot] == self.word and cells.heir[slot] == heir",
             "mine = True",
         ),
@@ -435,15 +436,15 @@ MUTANTS = [
         "inherit does not clear the heir",
         "give-take",
         Bounds(1, kills=1),
-        Change(ENGINE, "Engine._inherit", "cells.heir[slot] = 0", "pass"),
+        Change(TABLE, "Table._inherit", "cells.heir[slot] = 0", "pass"),
     ),
     mutant(
         "offer does not look whether a request is half read",
         "give-busy",
         Bounds(1),
         Change(
-            ENGINE,
-            "Engine._offer",
+            TABLE,
+            "Table._offer",
             "if cells.busy[slot] or cells.retired[slot]:",
             "if cells.retired[slot]:",
         ),

@@ -26,17 +26,19 @@ _PACKAGE = os.path.dirname(os.path.abspath(shmsock.__file__))
 
 # What counts as protocol code: a file, or what a file defines under a name.
 PROTOCOL = (
+    "_engine_common.py",
     "_stripes_py.py",
+    "_table_py.py",
     "_engine_py.py",
     "recovery.py",
     "processes.py",
-    "segment.py:Semaphores",
+    "semaphores.py",
 )
 # What an application's call runs through besides.
 PUBLIC = (
     *PROTOCOL,
-    *(f"{name}.py" for name in ("socket", "writing", "descriptors", "service", "channel")),
-    *(f"{name}.py" for name in ("runtime", "dispatcher", "store")),
+    *(f"{name}.py" for name in ("socket", "writing", "cache", "descriptors", "service", "channel")),
+    *(f"{name}.py" for name in ("runtime", "participant", "dispatcher", "store")),
 )
 
 _TOOLS = (4, 3, 5)  # of sys.monitoring; hypothesis may have one of them
