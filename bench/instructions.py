@@ -30,7 +30,7 @@ import tempfile
 
 import shmsock
 from shmsock.engine import NAME as ENGINE
-from workers.hub import Hub
+from workers.hub_protocol import Hub
 from workers.messenger import Messenger
 
 from .environment import REPOSITORY

@@ -8,6 +8,7 @@
  *     _waiting.h         getting into a stripe, and waiting for it
  *     _references.h      counting: address, dereference, finalisers
  *     _transitions.h     the transitions as methods
+ *     _reading.h         what the owner does for every event
  *     _writing.h         the write that nothing stands in the way of
  *     _reference_type.h  the reference type
  *     here               the engine's life, and the module
@@ -32,6 +33,7 @@
 
 #include "_local_lock.h"
 #include "_objects.h"
+#include "_reading.h"
 #include "_reference_type.h"
 #include "_references.h"
 #include "_stripes.h"

@@ -114,10 +114,23 @@ class Engine(_engine.Engine, EngineBase):
         check_participation(self)
         raise ClosedError("the reference is closed: address the socket again")
 
-    def _write(self, reference: Reference, buffers: tuple[typing.Any, ...]) -> None:
+    def _runtime_is_closed(self) -> typing.NoReturn:
+        self.segment.check()
+        raise ClosedError("this reference's runtime is closed here: attach and address again")
+
+    def _recv(self, reference: Reference, size_bytes: int) -> bytes:
+        return typing.cast(bytes, self._runtime_io().recv(reference, size_bytes))
+
+    def _unwritten_bytes(self, sid: int) -> int:
+        return typing.cast(int, self._runtime_io().writers.unwritten_bytes(sid))
+
+    def _runtime_io(self) -> typing.Any:
         if self.io is None:
             raise ClosedError("this engine has no runtime")
-        self.io.writers.write(reference, buffers)
+        return self.io
+
+    def _write(self, reference: Reference, buffers: tuple[typing.Any, ...]) -> None:
+        self._runtime_io().writers.write(reference, buffers)
 
     def _write_rest(
         self, reference: Reference, buffers: tuple[bytes, ...], sent: int, code: int

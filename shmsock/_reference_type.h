@@ -1,10 +1,11 @@
-/* The reference type; what it does is in _references.h and _writing.h. */
+/* The reference type; what it does is in _references.h, _reading.h and _writing.h. */
 #ifndef SHMSOCK_REFERENCE_TYPE_H
 #define SHMSOCK_REFERENCE_TYPE_H
 
 #include <Python.h>
 #include <structmember.h>
 
+#include "_reading.h"
 #include "_references.h"
 #include "_writing.h"
 
@@ -110,6 +111,13 @@ static PyMethodDef Reference_methods[] = {
     {"write", (PyCFunction)(void (*)(void))Reference_write, METH_FASTCALL,
      "write($self, /, *buffers)\n--\n\nSend the buffers as one whole message; never waits for the "
      "peer.\n\nSee SocketRef.write of the Python engine, its twin."},
+    {"recv", (PyCFunction)Reference_recv, METH_O,
+     "recv($self, size_bytes, /)\n--\n\nRead what is there, at most so much; see SocketRef.recv, "
+     "its twin."},
+    {"count_messages", (PyCFunction)Reference_count_messages, METH_O,
+     "Add to the statistics of messages read; the owner's to call."},
+    {"unwritten_bytes", (PyCFunction)Reference_unwritten_bytes, METH_NOARGS,
+     "How much waits for this peer in this process."},
     {"__enter__", (PyCFunction)Reference_enter, METH_NOARGS, "The reference itself."},
     {"__exit__", (PyCFunction)(void (*)(void))Reference_exit, METH_FASTCALL, "Close it."},
     {NULL, NULL, 0, NULL},
@@ -118,6 +126,8 @@ static PyMethodDef Reference_methods[] = {
 static PyGetSetDef Reference_properties[] = {
     {"failed", (getter)Reference_get_failed, NULL,
      "Whether the socket has failed: one read of shared memory.", NULL},
+    {"busy", (getter)Reference_get_busy, (setter)Reference_set_busy,
+     "Whether the owner is in the middle of a message; see SocketRef.busy, its twin.", NULL},
     {"closed", (getter)Reference_get_closed, NULL, "Whether this reference was given back.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };

@@ -276,7 +276,9 @@ class Dispatcher:
             raise ClosedError(f"foreign code closed the dispatcher's epoll: {error}") from None
 
     def _run_batch(self, events: list[tuple[int, int]], adopted: bool) -> None:
-        batch = [(fd, happened, self._by_fd.get(fd)) for fd, happened in events]
+        self._runtime._segment.check()
+        by_fd = self._by_fd
+        batch = [(fd, happened, by_fd.get(fd)) for fd, happened in events]
         again, self._again = self._again, collections.deque()
         in_service = False
         for fd, happened, target in batch:
@@ -312,7 +314,8 @@ class Dispatcher:
         if self._consumers.get(sid) is not consumer:
             return
         try:
-            reference = self._runtime.address(sid)
+            # Runtime.address without its look at who we are: a cast, too, would be one more call.
+            reference: SocketRef | None = self._runtime._engine.address(sid)  # type: ignore[assignment]
         except StripeTimeoutError as error:  # the edge will not come again
             log.error("%s is dispatched later: %s", format_socket_id(sid), error)
             self._again.append(consumer)

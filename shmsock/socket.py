@@ -125,10 +125,7 @@ class SocketRef(Reference):
             BlockingIOError: There is nothing yet.
             OSError: The connection is broken; what came before it was read.
         """
-        io = self._io
-        data = io.entry(self).sock.recv(size_bytes, _DONTWAIT)
-        io.count_read(self.id, len(data))
-        return data
+        return self._io.recv(self, size_bytes)
 
     def recv_into(self, buffer: Buffer) -> int:
         """Read what is there into ``buffer``; how many bytes, 0 at the end of the stream.
@@ -268,6 +265,12 @@ class SocketIO:
             data = bytes(columns.user_data[slot, seen[1] & 1])
             if seen == (cells.versioned_ref[slot] >> SLOT_BITS, cells.selector[slot]):
                 return data
+
+    def recv(self, reference: SocketRef, size_bytes: int) -> bytes:
+        """Read what is there; the C engine comes here for the first descriptor only."""
+        data = self.entry(reference).sock.recv(size_bytes, _DONTWAIT)
+        self.count_read(reference.id, len(data))
+        return data
 
     def count_read(self, sid: int, read_bytes: int) -> None:
         """Statistics, and when the peer was last heard; only the reader writes them."""

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 import shmsock
 from shmsock import channel
 from workers.http import HttpProtocol
-from workers.hub import Hub
 from workers.hub_client import ClientInfo, Reply, client_name
+from workers.hub_protocol import Hub
 from workers.messenger import Messenger
 from workers.pages import Pages
 

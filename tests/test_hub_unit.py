@@ -12,8 +12,8 @@ import subprocess
 import pytest
 
 import shmsock
-from workers.hub import Hub
 from workers.hub_client import MAX_NAME_BYTES, ClientInfo, Reply
+from workers.hub_protocol import Hub
 
 from . import redis_cases
 

@@ -22,11 +22,12 @@ from .test_kill_points_channel import assert_nobody_has, inode_of, state_of
 from .test_rehome import ask, echo_worker, owner_of
 
 LARGE = 1 << 20  # more than the kernel takes of a peer that does not read
-BEFORE, WITH, MIDDLE, QUEUED, AFTER = (
+BEFORE, WITH, MIDDLE, QUEUED, SENT, AFTER = (
     "before the turn",
     "with the turn",
     "in mid-message",
     "with only queued messages",
+    "after the send, before it is counted",
     "after the send, before giving the turn",
 )
 
@@ -38,7 +39,7 @@ def stop(*_: object) -> int:
 
 
 # Where the C engine's own write stops; what is in the way of it is Python's write in either engine.
-C_POINTS = {BEFORE: "before_want", WITH: "given", AFTER: "message_counted"}
+C_POINTS = {BEFORE: "before_want", WITH: "given", SENT: "message_sent", AFTER: "message_counted"}
 
 
 class Stops:
@@ -64,6 +65,8 @@ def write_and_stop(runtime: Runtime, sid: int, state: str) -> None:
         writers._engine = Stops(writers._engine, "take_turn")
     elif state == WITH:
         writers._send = stop
+    elif state == SENT:
+        writers._count = stop
     elif state == AFTER:
         writers._engine = Stops(writers._engine, "give_turn")
     reference.write(b"v" * LARGE if state == MIDDLE else b"victim")
@@ -81,7 +84,7 @@ def read_exactly(sock: socket.socket, size: int) -> bytes:
 
 
 @pytest.mark.parametrize("owner_dies", [False, True], ids=["owner lives", "owner dies"])
-@pytest.mark.parametrize("state", [BEFORE, WITH, MIDDLE, QUEUED, AFTER])
+@pytest.mark.parametrize("state", [BEFORE, WITH, MIDDLE, QUEUED, SENT, AFTER])
 def test_writer_killed(state: str, owner_dies: bool, runtime: Runtime) -> None:
     with echo_worker(runtime) as (owner, index), echo_worker(runtime) as (other, other_index):
         ours, client = connected("tcp", 8192)
@@ -119,7 +122,7 @@ def test_writer_killed(state: str, owner_dies: bool, runtime: Runtime) -> None:
                     assert 0 < len(received) < LARGE
                     assert set(received) == set(b"v")
                 else:
-                    assert received == {WITH: b"", AFTER: b"victim"}[state]
+                    assert received == {WITH: b"", SENT: b"victim", AFTER: b"victim"}[state]
                 assert other.ask("ref.failed and ref.error[0]") == errno.EPIPE
                 with pytest.raises(AssertionError, match="a writer died in mid-message"):
                     other.run("ref.write(b'no more')")

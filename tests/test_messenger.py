@@ -233,17 +233,18 @@ def test_looking_again_for_a_slow_reader_is_one_timer_not_one_a_read(bench: Benc
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes of what was read, 0 for an end; -1 where there was nothing."""
     sizes: list[int] = []
-    real = shmsock.SocketRef.recv_into
+    real = shmsock.SocketRef.recv
 
-    def recv_into(ref: shmsock.SocketRef, buffer: memoryview) -> int:
+    def recv(ref: shmsock.SocketRef, size_bytes: int) -> bytes:
         try:
-            sizes.append(real(ref, buffer))
+            data = real(ref, size_bytes)
         except BlockingIOError:
             sizes.append(-1)
             raise
-        return sizes[-1]
+        sizes.append(len(data))
+        return data
 
-    monkeypatch.setattr(shmsock.SocketRef, "recv_into", recv_into)
+    monkeypatch.setattr(shmsock.SocketRef, "recv", recv)
     return sizes
 
 

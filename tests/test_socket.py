@@ -338,6 +338,56 @@ def test_reading_counts_and_tells_nothing_yet_from_the_end(
     assert reference.recv(10) == b""
 
 
+def test_a_read_takes_no_more_than_was_asked_for_and_refuses_sizes_that_are_none(
+    runtime: shmsock.Runtime,
+) -> None:
+    ours, peers = connected("unix")
+    sid = runtime.create_socket(ours)
+    reference = runtime.address(sid)
+    assert reference is not None
+    with peers, reference:
+        much = bytes(range(256)) * 400
+        peers.sendall(much)
+        assert reference.recv(0) == b""
+        with pytest.raises(ValueError, match="negative"):
+            reference.recv(-1)
+        with pytest.raises(TypeError):
+            reference.recv("4")  # type: ignore[arg-type]
+        assert int(runtime.sockets()["bytes_in"][0]) == 0
+        assert reference.recv(100_000) == much[:100_000]  # more than the C engine's buffer
+        room = bytearray(1_000)
+        assert reference.recv_into(room) == 1_000
+        assert reference.recv(65_536) == much[101_000:]
+        assert bytes(room) == much[100_000:101_000]
+        assert int(runtime.sockets()["bytes_in"][0]) == len(much)
+
+
+def test_busy_and_the_count_of_messages_are_seen_by_others(runtime: shmsock.Runtime) -> None:
+    ours, peers = connected("unix")
+    sid = runtime.create_socket(ours)
+    reference = runtime.address(sid)
+    assert reference is not None
+    with peers, reference, Peer(runtime.name) as b:
+        assert not b.ask(f"rt.address({sid}).busy")
+        reference.busy = True
+        reference.count_messages(3)
+        reference.count_messages(2)
+        assert b.ask(f"rt.address({sid}).busy") is True
+        reference.busy = False
+        assert b.ask(f"rt.address({sid}).busy") is False
+        assert int(runtime.sockets()["messages_in"][0]) == 5
+        with pytest.raises(TypeError):
+            reference.count_messages("1")  # type: ignore[arg-type]
+        assert int(runtime.sockets()["messages_in"][0]) == 5
+    runtime.close()
+    with pytest.raises(shmsock.ClosedError):
+        reference.busy = True
+    with pytest.raises(shmsock.ClosedError):
+        assert reference.busy
+    with pytest.raises(shmsock.ClosedError):
+        reference.count_messages(1)
+
+
 def test_data_that_came_before_a_failure_stays_readable(
     runtime: shmsock.Runtime, pair: tuple[shmsock.SocketRef, socket.socket]
 ) -> None:

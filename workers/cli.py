@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 import typing
 
@@ -125,9 +126,16 @@ def _command(commands: typing.Any, name: str, run: Command, text: str) -> argpar
 
 
 def _serve_parser(commands: typing.Any) -> None:
-    serve = _command(commands, "serve", _serve, "run the built-in publish/subscribe server")
+    serve = _command(commands, "serve", _serve, "run an application on several processes")
     cores = max(2, os.cpu_count() or 2)
     add = serve.add_argument
+    add(
+        "application",
+        nargs="?",
+        metavar="MODULE:NAME",
+        help="what to run: an Application, see docs/applications.md (default: the built-in "
+        "publish/subscribe server)",
+    )
     add(
         "--bind",
         type=_address,
@@ -222,6 +230,7 @@ def _socket_id(text: str) -> int:
 
 def _serve(options: argparse.Namespace) -> int:
     try:
+        from .application import BUILT_IN
         from .supervisor import Config, Supervisor
     except ImportError as error:
         print(
@@ -229,6 +238,8 @@ def _serve(options: argparse.Namespace) -> int:
             "'shmsock[server]'",
             file=sys.stderr,
         )
+        return FAILED
+    if options.application is not None and not _can_load(options.application):
         return FAILED
     logging.basicConfig(
         level=options.log_level.upper(),
@@ -248,9 +259,21 @@ def _serve(options: argparse.Namespace) -> int:
             password=options.password or os.environ.get("SHMSOCK_PASSWORD") or None,
             pages_remote=options.pages_remote,
             on_owner_death=options.on_owner_death,
+            application=options.application or BUILT_IN,
         )
     )
     return supervisor.run(lambda: print(_banner(supervisor), flush=True))
+
+
+def _can_load(application: str) -> bool:
+    """Have a process of its own import it and say what is wrong: before anything is bound."""
+    from .application import fresh_python
+
+    command = fresh_python("workers.application", application)
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        print(f"shmsock: {done.stderr.strip()}", file=sys.stderr)
+    return done.returncode == 0
 
 
 def _banner(supervisor: typing.Any) -> str:
@@ -262,20 +285,26 @@ def _banner(supervisor: typing.Any) -> str:
         f"shmsock {shmsock.__version__}: runtime {config.name!r} "
         + ("was taken over" if supervisor.took_over else "is up"),
         f"  listens    {', '.join(addresses)}",
+        f"  serves     {config.application}",
         f"  workers    {len(pids)} (pids {' '.join(pids)}), supervisor {os.getpid()}",
         f"  table      {supervisor.runtime.slots} slots, at most "
         f"{config.max_connections} connections",
         "",
         "try in another terminal:",
-        *_suggestions(addresses[0], config.name),
+        *_suggestions(addresses[0], config.name, config.application),
         "",
         "Ctrl-C stops it.",
     ]
     return "\n".join(lines)
 
 
-def _suggestions(address: str, name: str) -> list[str]:
+def _suggestions(address: str, name: str, application: str) -> list[str]:
+    from .application import BUILT_IN
+
     own = "" if name == os.environ.get("SHMSOCK_NAME", "hub") else f" --name {name}"
+    look = f"  shmsock conns{own}; shmsock ps{own}; shmsock doctor{own}"
+    if application != BUILT_IN:  # what its clients are, we do not know
+        return [look]
     if address.startswith("unix:"):
         path = address.removeprefix("unix:")
         client, curl = f"redis-cli -s {path}", f"curl --unix-socket {path} http://localhost"
@@ -288,7 +317,7 @@ def _suggestions(address: str, name: str) -> list[str]:
         f"  {client} subscribe news",
         f"  {client} publish news hello",
         f"  {curl}/connections",
-        f"  shmsock conns{own}; shmsock ps{own}; shmsock doctor{own}",
+        look,
     ]
 
 

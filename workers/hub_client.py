@@ -22,7 +22,7 @@ from shmsock import KIND_NAMES, format_socket_id
 from . import resp
 
 if typing.TYPE_CHECKING:
-    from .hub import Handler, Hub, RespSession
+    from .hub_protocol import Handler, Hub, RespSession
 
 _TAG = ord("R")
 _HEAD = struct.Struct("<BBBHH")

@@ -19,7 +19,7 @@ from . import resp
 from .hub_client import clients
 
 if typing.TYPE_CHECKING:
-    from .hub import Handler, Hub, RespSession
+    from .hub_protocol import Handler, Hub, RespSession
 
 REDIS_VERSION = "7.0.0"
 

@@ -7,7 +7,7 @@ import typing
 from . import hub_client, hub_commands, resp
 
 if typing.TYPE_CHECKING:
-    from .hub import Handler, RespSession
+    from .hub_protocol import Handler, RespSession
 
 DATABASES = 16
 VERSIONS = (2, 3)

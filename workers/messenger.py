@@ -13,6 +13,7 @@ from __future__ import annotations
 import collections.abc
 import errno
 import logging
+import typing
 
 from shmsock import (
     Dispatcher,
@@ -58,6 +59,16 @@ class Connection:
         self.offered = False
 
 
+class Hooks(typing.Protocol):
+    """What an application hears of connections; see ``Application``."""
+
+    def on_connect(self, ref: SocketRef) -> None:
+        """It is read here from now on."""
+
+    def on_failed(self, sid: int, code: int, text: str) -> None:
+        """It was read here, and has ended."""
+
+
 class Messenger:
     """The connections of one worker."""
 
@@ -66,14 +77,15 @@ class Messenger:
         runtime: Runtime,
         dispatcher: Dispatcher,
         protocols: collections.abc.Sequence[Protocol],
+        hooks: Hooks | None = None,
     ) -> None:
-        """Protocols are tried in the order given."""
+        """Protocols are tried in the order given; ``hooks`` hear of connections as such."""
         self._runtime = runtime
         self._dispatcher = dispatcher
         self._protocols = tuple(protocols)
+        self._hooks = hooks
         self._connections: dict[int, Connection] = {}
         self._draining = False
-        self._buffer = memoryview(bytearray(_READ_BYTES))  # read into, one connection at a time
         # Where to connections should move: an index, or -1 for nowhere now.
         self._heir: collections.abc.Callable[[], int] | None = None
         dispatcher.on_arrival(self.take)
@@ -101,16 +113,18 @@ class Messenger:
                 self._resume(sid)
             except Exception:  # likewise; what a protocol finds there is the application's
                 log.exception("%s cannot go on here", format_socket_id(sid))
-                self._runtime.set_failed(sid, errno.EPROTO, "its protocol could not go on with it")
+                self._runtime.set_failed(sid, errno.EPROTO, "its worker could not go on with it")
             if self._draining:
                 self._finish(sid)
 
     def _resume(self, sid: int) -> None:
-        """Go on with what an earlier owner left in the user data."""
+        """Tell of it, and go on with what an earlier owner left in the user data."""
         ref = self._runtime.address(sid)
         if ref is None:
             return
         with ref:
+            if self._hooks is not None:
+                self._hooks.on_connect(ref)
             user_data = ref.user_data
             for protocol in self._protocols if user_data else ():
                 if protocol.resumes(user_data):
@@ -134,42 +148,46 @@ class Messenger:
             ref.set_failed(code, str(error))
             return False
         self._settle(ref, connection)
-        self._when_idle(ref, connection)
+        if self._draining or self._heir is not None:
+            self._when_idle(ref, connection)
         return more
 
     def _read(self, ref: SocketRef, connection: Connection, data_only: bool) -> bool:
-        buffer = self._buffer
         for _ in range(_READS_A_ROUND):
             try:
-                size = ref.recv_into(buffer)
+                data = ref.recv(_READ_BYTES)
             except (BlockingIOError, InterruptedError):
                 return False
             except OSError as error:
                 ref.set_failed(error.errno or errno.EIO, error.strerror or "read failed")
                 return False
-            if not size:
+            if not data:
                 # The peer will send no more, but may still read: what is queued goes out first.
                 self._close(ref, connection)
                 return False
-            if not connection.closing and not self._feed(ref, connection, bytes(buffer[:size])):
+            session = connection.session
+            if connection.closing:
+                pass
+            elif session is None:
+                if not self._begin(ref, connection, data):
+                    self._close(ref, connection)
+            elif not session.receive(ref, data):
                 self._close(ref, connection)
-            if data_only and size < _READ_BYTES:
+            if data_only and len(data) < _READ_BYTES:
                 return False
         return True
 
-    def _feed(self, ref: SocketRef, connection: Connection, data: bytes) -> bool:
-        """Give bytes to the session; false when it wants the connection closed."""
-        session = connection.session
+    def _begin(self, ref: SocketRef, connection: Connection, data: bytes) -> bool:
+        """What ``Session.receive`` does, before the protocol is known."""
+        head = connection.head + data
+        session = self._recognise(ref, head)
         if session is None:
-            data = connection.head + data
-            session = self._recognise(ref, data)
-            if session is None:
-                connection.head = data
-                if len(data) > _HEAD_BYTES:
-                    ref.set_failed(errno.EPROTO, "no protocol matches its first bytes")
-                return True
-            connection.session, connection.head = session, b""
-        return session.receive(ref, data)
+            connection.head = head
+            if len(head) > _HEAD_BYTES:
+                ref.set_failed(errno.EPROTO, "no protocol matches its first bytes")
+            return True
+        connection.session, connection.head = session, b""
+        return session.receive(ref, head)
 
     def _recognise(self, ref: SocketRef, head: bytes) -> Session | None:
         for protocol in self._protocols:
@@ -281,6 +299,8 @@ class Messenger:
             access.debug("%d ended: %s (error %d)", sid, text, code)
         if connection.session is not None:
             connection.session.end(sid)
+        if self._hooks is not None:
+            self._hooks.on_failed(sid, code, text)
 
     def drain(self) -> None:
         """Close every connection as soon as it is idle; new ones are closed at once."""

@@ -19,6 +19,7 @@ its length, not its length times the number of its chunks.
 from __future__ import annotations
 
 import collections.abc
+import functools
 import re
 import typing
 
@@ -345,6 +346,17 @@ _SHAPE = bytes(
 # hiredis allocates what a header announces. So it sees none above 9,999.
 _LARGE_ARRAY, _LARGE_OTHER = b"*00000", b"A00000"
 _LISTS = {list}
+_SHORT_BYTES = 1 << 10
+
+
+@functools.lru_cache(256)  # clients repeat themselves: of short chunks there are few shapes
+def _arrays_of(shape: bytes) -> int:
+    """How many arrays a chunk may open if it opens nothing else; -1 if it may, -2 if too large."""
+    if _LARGE_ARRAY in shape or _LARGE_OTHER in shape:
+        return -2
+    return -1 if b"F" in shape or b"A" in shape else shape.count(b"*")
+
+
 _NOT_PLAIN = b"\"'\0\v\f"
 
 
@@ -398,9 +410,11 @@ class CommandParser:
         Raises:
             ProtocolError: Those before it were given out by earlier calls.
         """
+        framer = self._framer
+        if not (self._data or framer.bytes or self._error):
+            return []
         if self._error is not None:
             raise self._error
-        framer = self._framer
         if framer.restricted and self._data:
             framer.bytes += self._data
             self._data = b""
@@ -412,10 +426,7 @@ class CommandParser:
                 self._data = bytes(framer.bytes)
                 framer.bytes.clear()
             return [command]
-        data = self._data
-        if not data:
-            return []
-        self._data = b""
+        data, self._data = self._data, b""
         if len(data) > framer.max_message_bytes:
             return self._framed(data)
         commands = self._arrays(data) if data[0] == 0x2A else self._lines(data)
@@ -424,20 +435,19 @@ class CommandParser:
     def _arrays(self, data: bytes) -> list[Command] | None:
         """All of a chunk by hiredis, if it is nothing but arrays of bulk strings."""
         shape = data.translate(_SHAPE)
-        if _LARGE_ARRAY in shape or _LARGE_OTHER in shape:
+        arrays = _arrays_of(shape) if len(shape) <= _SHORT_BYTES else _arrays_of.__wrapped__(shape)
+        if arrays < -1:
             return None
         reader = self._reader
         reader.feed(data)
         try:
             commands = list(iter(reader.gets, _MORE))
             # Nothing is left over (a "$" at the end is not counted as that), nothing but "*" and
-            # "$" can have opened anything, each command is an array: then as many stars as arrays
-            # means that none is in another or unfinished.
+            # "$" can have opened anything, each command is an array (the chunk starts with one):
+            # then as many stars as arrays means that none is in another or unfinished.
             if (
-                b"F" not in shape
-                and b"A" not in shape
-                and shape.count(b"*") == len(commands)
-                and set(map(type, commands)) == _LISTS
+                arrays == len(commands)
+                and (arrays == 1 or set(map(type, commands)) == _LISTS)
                 and data[-1] == 0x0A
                 and not reader.has_data()
             ):

@@ -20,7 +20,6 @@ import resource
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -35,9 +34,9 @@ from shmsock import (
 )
 
 from . import starting_over
+from .application import BUILT_IN, Settings, fresh_python
 from .listeners import Listener
 from .rolling import Rolling
-from .worker import Settings
 
 log = logging.getLogger("shmsock")
 
@@ -56,7 +55,6 @@ LOST_AFTER_S = 5.0  # an orphan whose descriptor nobody has given us by then has
 REPAIR_AGAIN_S = 0.002, 0.3  # how soon and how late a repair that another had is looked at again
 GIVE_UP_AFTER = 5  # deaths in a row before anything was ready
 
-_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 _FULL_REPLY = b"-ERR max number of clients reached\r\n"
 _FULL_PAGE = (
@@ -84,6 +82,7 @@ class Config:
     password: str | None = None
     pages_remote: bool = False
     on_owner_death: str = "rehome"
+    application: str = BUILT_IN
 
 
 @dataclasses.dataclass
@@ -371,18 +370,17 @@ class Supervisor:
         """Start a worker: a fresh interpreter, so that nothing of ours is carried over."""
         config = self.config
         settings: Settings = {
+            "application": config.application,
             "log_level": config.log_level,
             "password": config.password,
             "pages_remote": config.pages_remote,
             "max_connections": config.max_connections,
         }
-        # -P: not to import a directory named "workers" that happens to be where we were started.
-        safe = [] if os.getcwd() == _ROOT else ["-P"]
         # A terminal's Ctrl-C reaches workers too: blocked until they ignore it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         try:
             process = subprocess.Popen(
-                [sys.executable, *safe, "-m", "workers.worker", config.name], stdin=subprocess.PIPE
+                fresh_python("workers.worker", config.name), stdin=subprocess.PIPE
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -8,63 +8,42 @@ the supervisor's to handle: a terminal sends it to the whole foreground group.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import signal
 import sys
-import typing
 
 from shmsock import Dispatcher, PoisonedError, Runtime
 
-from .http import HttpProtocol
-from .hub import Hub
-from .hub_client import client_name
+from .application import Application, ApplicationError, Context, Settings, load
 from .leaving import Leaving
 from .messenger import Messenger
-from .pages import Pages
 
 log = logging.getLogger("shmsock")
 
 _DRAIN_LOOK_S = 0.05
 
 
-class Settings(typing.TypedDict):
-    """What a worker is told by its supervisor."""
-
-    log_level: str
-    password: str | None
-    pages_remote: bool
-    max_connections: int
-
-
 class Worker:
-    """The programs of one worker process."""
+    """One worker process: an application, its connections, and how both end."""
 
-    def __init__(self, name: str, settings: Settings) -> None:
-        """Attach; connections come once ``run`` dispatches."""
+    def __init__(self, name: str, settings: Settings, application: Application) -> None:
+        """Attach and start the application; connections come once ``run`` dispatches."""
+        self.application = application
         self.runtime = Runtime.attach(name, role="worker")
         self.dispatcher = Dispatcher(self.runtime)
-        pages = Pages(
-            self.runtime,
-            allow_remote=settings["pages_remote"],
-            health=self._health,
-            name_of=client_name,
-        )
-        http = HttpProtocol(pages, closing=lambda: self._draining)
-        hub = Hub(
-            self.runtime,
-            password=settings["password"],
-            max_connections=settings["max_connections"],
-        )
-        self.messenger = Messenger(self.runtime, self.dispatcher, (http, hub))
-        self.runtime.groups.on_crowded = self._end_crowded
-        self.leaving = Leaving(self.runtime, self.dispatcher, self.messenger)
         self._draining = False
-
-    def _end_crowded(self, sid: int) -> None:
-        """A subscriber that missed a message would not know: Redis ends it, and so do we."""
-        self.runtime.set_failed(sid, errno.ENOBUFS, "reads too slowly: over max_unwritten_bytes")
+        context = Context(
+            runtime=self.runtime,
+            dispatcher=self.dispatcher,
+            settings=settings,
+            draining=lambda: self._draining,
+            health=self._health,
+        )
+        application.on_startup(context)
+        protocols = application.protocols(context)
+        self.messenger = Messenger(self.runtime, self.dispatcher, protocols, application)
+        self.leaving = Leaving(self.runtime, self.dispatcher, self.messenger)
 
     def _health(self) -> str | None:
         if self._draining:
@@ -81,6 +60,11 @@ class Worker:
             self.dispatcher.run()
         except PoisonedError as error:
             log.critical("process %d ends: %s", self.runtime.index, error)
+            code = 1
+        try:
+            self.application.on_shutdown()
+        except Exception:
+            log.exception("the application could not shut down")
             code = 1
         self.dispatcher.close()
         self.runtime.close()
@@ -116,7 +100,12 @@ def main() -> int:
         format="%(asctime)s %(levelname)s worker[%(process)d] %(name)s: %(message)s",
     )
     try:
-        return Worker(name, settings).run()
+        application = load(settings["application"])
+    except Exception as error:
+        log.critical("no application: %s", error, exc_info=not isinstance(error, ApplicationError))
+        return 1
+    try:
+        return Worker(name, settings, application).run()
     except PoisonedError as error:  # before there was a loop
         log.critical("cannot take part: %s", error)
         return 1
