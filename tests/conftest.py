@@ -34,6 +34,13 @@ def pytest_report_header() -> str:
     return f"shmsock engine: {shmsock.ENGINE}"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: where several run at once, the last one to end decides."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_collection_finish() -> None:
     """Leave what the imports made out of every collection: the guard collects after each test."""
     gc.collect()

@@ -21,6 +21,8 @@ from bench.table import render
 
 from . import helpers
 
+pytestmark = pytest.mark.once
+
 _MEASURES = {
     "address": {"address + release, attached"},
     "attach": {"address + release, attach + detach"},

@@ -22,6 +22,8 @@ from .explorer.scene import SID, Actor
 from .explorer.table import SCENARIOS
 from .explorer.world import World
 
+pytestmark = pytest.mark.once
+
 QUICK = 0
 
 

@@ -34,7 +34,8 @@ def stopped(pid: int) -> collections.abc.Iterator[None]:
 
 
 def state(pid: int) -> str:
-    with contextlib.suppress(FileNotFoundError), open(f"/proc/{pid}/stat") as file:
+    gone = FileNotFoundError, ProcessLookupError  # before the file is opened, and before it is read
+    with contextlib.suppress(*gone), open(f"/proc/{pid}/stat") as file:
         return file.read().rpartition(")")[2].split()[0]
     return ""
 

@@ -16,7 +16,10 @@ from .helpers import REPOSITORY, WATCHDOG_S
 COMPILER = shutil.which("gcc") or shutil.which("clang")
 WARNINGS = ("-std=c11", "-Wall", "-Wextra", "-Werror", "-g")
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C compiler")
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None, reason="no C compiler"),
+    pytest.mark.once,
+]
 
 
 def run(*command: str, **options: typing.Any) -> subprocess.CompletedProcess[str]:

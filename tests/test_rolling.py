@@ -435,9 +435,10 @@ def test_reloads_under_load_lose_no_message_and_drop_no_connection() -> None:
 
 
 @pytest.mark.slow
-def test_twenty_reloads_under_load_lose_no_message_and_drop_no_connection(
+def test_reload_after_reload_under_load_loses_no_message_and_drops_no_connection(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    figures = reload_under_load(subscribers=500, reloads=20, pause_s=0.05)
+    reloads = int(os.environ.get("SHMSOCK_RELOADS", "5"))  # 20 for the figures in a release
+    figures = reload_under_load(subscribers=500, reloads=reloads, pause_s=0.05)
     with capsys.disabled():
         print(f"\n{figures}")
