@@ -68,6 +68,8 @@ class Engine(_engine.Engine):
         self.repair: collections.abc.Callable[[int], object] = lambda stripe: None
         # Called without the lock: a slot was let go of for the last time.
         self.let_go: collections.abc.Callable[[int, bool], None] = lambda sid, recycled: None
+        # Who is at the other end of a connection that was accepted, as bytes (descriptors.py).
+        self.peer_of: collections.abc.Callable[[int], bytes] = lambda number: b""
         # What this process's references can do beyond counting (socket.py).
         self.io: typing.Any = None
         layout = segment.layout
@@ -110,6 +112,9 @@ class Engine(_engine.Engine):
 
     def _check_participation(self) -> None:
         check_participation(self)
+
+    def _peer_of(self, number: int) -> bytes:
+        return self.peer_of(number)
 
     def _timed_out(self, stripe: int, waited_s: float) -> typing.NoReturn:
         raise StripeTimeoutError(blockers(self, stripe, waited_s))

@@ -24,6 +24,8 @@ import errno
 import itertools
 import logging
 import operator
+import os
+import socket
 import time
 import typing
 import weakref
@@ -38,7 +40,7 @@ from ._stripes_py import (
     Stripes,
     table_full,
 )
-from .errors import ClosedError, PoisonedError, StripeTimeoutError
+from .errors import ClosedError, PoisonedError, StripeTimeoutError, TableFullError
 from .layout import (
     FREE,
     LIVE,
@@ -222,6 +224,8 @@ class Engine(Stripes):
         super().__init__(segment, semaphores, index, epoch)
         # Called without the lock: a slot was let go of for the last time.
         self.let_go: collections.abc.Callable[[int, bool], None] = lambda sid, recycled: None
+        # Who is at the other end of a connection that was accepted, as bytes (descriptors.py).
+        self.peer_of: collections.abc.Callable[[int], bytes] = lambda number: b""
         # What this process's references can do beyond counting (socket.py).
         self.io: typing.Any = None
         # Ids whose cached descriptor waits for the count to reach 0 (descriptors.py).
@@ -286,6 +290,39 @@ class Engine(Stripes):
                     self._abandon_creation(new)
                     raise
         raise table_full(self._slots)
+
+    def accept(
+        self, listener: int, owner: int, on_owner_death: int, tcp: int, unix: int
+    ) -> tuple[int, int, int]:
+        """Accept one connection and create its slot.
+
+        Args:
+            listener: The number of a socket that listens.
+            owner: As of ``create``; so is ``on_owner_death``.
+            on_owner_death: See ``owner``.
+            tcp: The number of that kind; so is ``unix``.
+            unix: See ``tcp``.
+
+        Returns:
+            The connection's number, which is the caller's, its inode, and its id: 0 if there is no
+            free slot.
+
+        If killed: before the slot is LIVE the kernel ends the connection.
+        """
+        listening = socket.socket(fileno=listener)
+        try:
+            accepted = listening.accept()[0]
+        finally:
+            listening.detach()
+        with accepted:  # closed if anything goes wrong
+            kind = unix if accepted.family == socket.AF_UNIX else tcp
+            inode = os.fstat(accepted.fileno()).st_ino
+            peer = self.peer_of(accepted.fileno())
+            try:
+                sid = self.create(owner, inode, kind, on_owner_death, peer)
+            except TableFullError:
+                sid = 0
+            return accepted.detach(), inode, sid
 
     def _find_free(self, stripe: int) -> int:
         begin = stripe * self._block

@@ -34,7 +34,7 @@ import numpy as np
 from . import channel
 from .engine import Engine
 from .errors import DescriptorError
-from .layout import KIND_NAMES, LIVE, SLOT_BITS, SLOT_MASK
+from .layout import KIND_NAMES, LIVE, PEER_BYTES, SLOT_BITS, SLOT_MASK
 from .peers import Peers, dial, has_moved_on
 from .segment import Segment, run_directory
 from .service import Service
@@ -55,25 +55,43 @@ class Entry:
     """One cached descriptor.
 
     Attributes:
-        sock: The number, wrapped without asking the kernel what it is.
+        fd: The number.
+        sock: It, wrapped without asking the kernel what it is, once somebody needs that.
         used_ns: When it was last used.
         pollers: The epolls it is registered in, which must forget it before it is closed.
         told: Whether this process knows that the socket is its own: created here, or passed. Who
             becomes the owner of one that it had only written to is still to be told.
+        shared: Whether somebody else may have a duplicate, so that closing ours ends nothing.
     """
 
-    __slots__ = ("fd", "inode", "pollers", "put", "sid", "sock", "told", "used_ns")
+    __slots__ = ("_sock", "fd", "inode", "pollers", "put", "shared", "sid", "told", "used_ns")
 
-    def __init__(self, sid: int, sock: socket.socket) -> None:
-        """A fresh entry, in no epoll."""
+    def __init__(self, sid: int, fd: int, inode: int) -> None:
+        """A fresh entry, in no epoll; the number is its to close."""
         self.sid = sid
-        self.sock = sock
-        self.fd = sock.fileno()
-        self.inode = os.fstat(self.fd).st_ino  # tells whether foreign code has reused the number
+        self.fd = fd
+        self._sock: socket.socket | None = None
+        self.inode = inode  # tells whether foreign code has reused the number
         self.used_ns = 0
         self.pollers: list[collections.abc.Callable[[int], None]] = []
         self.put = False  # whether the host has it, if it should
         self.told = False
+        self.shared = True
+
+    @property
+    def sock(self) -> socket.socket:
+        """The number as a socket object."""
+        sock = self._sock
+        if sock is None:
+            sock = self._sock = wrap(self.fd)
+        return sock
+
+    def close(self) -> None:
+        """Close the number, unless foreign code did: it may be another file's by now."""
+        if self._sock is not None:
+            channel.close_or_leave(self._sock, self.inode)
+        elif channel.is_inode(self.fd, self.inode):
+            os.close(self.fd)
 
 
 def wrap(fd: int) -> socket.socket:
@@ -110,6 +128,15 @@ def peer_of(sock: socket.socket) -> str:
     return f"unix:{text.lstrip(chr(0)) or '-'}"
 
 
+def peer_of_number(fd: int) -> bytes:
+    """As ``peer_of``, of a number that stays the caller's."""
+    sock = socket.socket(fileno=fd)
+    try:
+        return peer_of(sock).encode("utf-8", "replace")[:PEER_BYTES]
+    finally:
+        sock.detach()
+
+
 def _is_gone(error: Exception) -> bool:
     """Whether an error of talking to the host says that there is none."""
     return isinstance(error, ConnectionError | FileNotFoundError)
@@ -137,6 +164,7 @@ class Descriptors:
         self._entries: dict[int, Entry] = {}
         self._limit = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._idle_fetchers: list[socket.socket] = []
+        self._undeposited: set[int] = set()  # created, and to be given to the host together
         self._failed: collections.deque[int] = collections.deque()  # hints that wait for the loop
         self._link: channel.Link | None = None
         self._closed = False
@@ -168,9 +196,11 @@ class Descriptors:
         """The cached entry, if there is one."""
         return self._entries.get(sid)
 
-    def keep(self, sid: int, sock: socket.socket) -> Entry:
-        """Cache a socket object of ours; one that is there already is kept instead."""
-        entry = self._keep(Entry(sid, sock))
+    def keep(self, sid: int, fd: int, inode: int, *, shared: bool = True) -> Entry:
+        """Cache a number of ours; one that is there already is kept instead."""
+        entry = Entry(sid, fd, inode)
+        entry.shared = shared
+        entry = self._keep(entry)
         entry.told = True
         return entry
 
@@ -343,6 +373,8 @@ class Descriptors:
 
     def _drive_puts(self) -> None:
         """Send what waits for the host, connecting to it if that is still to be done."""
+        if self._undeposited:
+            self.deposit(list(self._undeposited))
         link = self._link
         if link is not None and not link.closed:
             link.flush()
@@ -358,10 +390,11 @@ class Descriptors:
 
     def _arrived(self, sid: int, fd: int) -> None:
         """Cache a received descriptor if it is what its slot says."""
-        if os.fstat(fd).st_ino != self._cells.inode[sid & SLOT_MASK]:
+        inode = os.fstat(fd).st_ino
+        if inode != self._cells.inode[sid & SLOT_MASK]:
             os.close(fd)  # the slot has moved on between the host's look and ours
             return
-        entry = Entry(sid, wrap(fd))
+        entry = Entry(sid, fd, inode)
         entry.put = True
         # ORDER: watched before others can find it, or this would replace their wish for EPOLLOUT.
         self.watch_hang_up(entry)
@@ -394,7 +427,7 @@ class Descriptors:
     def _close(self, entry: Entry) -> None:
         for forget in entry.pollers:
             forget(entry.fd)
-        channel.close_or_leave(entry.sock, entry.inode)
+        entry.close()
 
     def _let_go(self, sid: int, recycled: bool) -> None:
         """The engine's count of an id reached 0 while it was marked, or it recycled the slot.
@@ -410,8 +443,11 @@ class Descriptors:
         """End the connection for everybody, and tell the host, which closes its duplicate."""
         with self._engine.lock:
             entry = self._entries.get(sid)
-            if entry is not None and channel.is_inode(entry.fd, entry.inode):
-                shut_down(entry.sock)
+            if entry is not None:
+                if not entry.shared:  # ours is the only one: closing it ends the connection
+                    return
+                if channel.is_inode(entry.fd, entry.inode):
+                    shut_down(entry.sock)
         store = self.store
         if store is not None:
             self._service.call_soon(lambda: store.drop(sid))
@@ -497,20 +533,37 @@ class Descriptors:
     # -- the process's channel ------------------------------------------------------------------
 
     def put(self, sid: int) -> None:
-        """Give the host a duplicate; tried again by the timer until it is acknowledged."""
+        """Give the host a duplicate at once."""
+        self.deposit([sid])
+
+    def deposit_later(self, sid: int) -> None:
+        """Note an id for ``deposit``, which its creator will call for several at once."""
+        self._undeposited.add(sid)
+
+    def deposit(self, sids: collections.abc.Sequence[int]) -> None:
+        """Give the host duplicates; tried again by the timer until each is acknowledged."""
+        self._undeposited.difference_update(sids)
         if self.store is not None:
-            entry = self._entries.get(sid)
-            if entry is not None:  # or it has failed already
-                self.store.keep(sid, wrap(os.dup(entry.fd)))
-                entry.put = True
+            for sid in sids:
+                entry = self._entries.get(sid)
+                if entry is not None and not entry.put:  # or it has failed already
+                    entry.shared = True
+                    self.store.keep(sid, wrap(os.dup(entry.fd)))
+                    entry.put = True
             return
         self._wants_link = True
+        here = [sid for sid in sids if sid in self._entries]
+        sids = [sid for sid in here if not has_moved_on(self._segment, sid)]
+        for sid in set(here).difference(sids):  # another failed it, and had no descriptor
+            self._service.call_soon(functools.partial(self._hung_up, sid))
+        if not sids:
+            return
         link = self._link
-        if link is None or link.closed or not link.tell(channel.PUT, [sid]):
-            self._service.call_soon(lambda: self._put([sid]))
+        if link is None or link.closed or not link.tell(channel.PUT, sids):
+            self._service.call_soon(lambda: self._put(sids))
         self._service.ensure()
 
-    def _put(self, sids: list[int]) -> None:
+    def _put(self, sids: collections.abc.Sequence[int]) -> None:
         link = self.connect()
         if link is not None:  # else the timer tries again
             link.tell(channel.PUT, sids)
@@ -571,6 +624,8 @@ class Descriptors:
     def tick(self) -> None:
         """Once a second, in the service loop."""
         self.sweep()
+        if self._undeposited:
+            self.deposit(list(self._undeposited))
         if self.store is not None:
             self.store.sweep()
         elif self._wants_link:
@@ -624,8 +679,16 @@ class Descriptors:
         return entry is not None and (entry.told or not mine)
 
     def _fd_of(self, sid: int) -> int:
+        """The number to send to somebody else.
+
+        ORDER: said to be shared before it is. Who closes at this moment and has not seen it has
+        moved the version first, and whoever receives a number looks at that.
+        """
         entry = self._entries.get(sid)
-        return entry.fd if entry is not None else -1
+        if entry is None:
+            return -1
+        entry.shared = True
+        return entry.fd
 
     def _hear(self, link: channel.Link, message: channel.Message) -> None:
         if message.type == channel.PUT_OK:
@@ -660,10 +723,11 @@ class Descriptors:
     def _receive_passed(self, link: channel.Link, message: channel.Message) -> None:
         arrived = []
         for sid, fd in zip(message.ids, message.descriptors, strict=False):
-            if os.fstat(fd).st_ino != self._cells.inode[sid & SLOT_MASK]:
+            inode = os.fstat(fd).st_ino
+            if inode != self._cells.inode[sid & SLOT_MASK]:
                 os.close(fd)
                 continue
-            self.keep(sid, wrap(fd)).put = True
+            self.keep(sid, fd, inode).put = True
             arrived.append(sid)
         refused = message.ids[len(message.descriptors) :]
         if refused:  # EMFILE: the data arrives without its descriptor
@@ -692,4 +756,4 @@ class Descriptors:
                 sock.detach()
         while self._entries:
             entry = self._entries.popitem()[1]
-            channel.close_or_leave(entry.sock, entry.inode)
+            entry.close()
