@@ -1,8 +1,7 @@
 """Connections that come and go: how many a second, what each costs, and who gets the long-lived.
 
 The load generator is ``ab`` without keep-alive: each request is a connection of its own. The
-answer is the same three bytes everywhere. Ours is /health of ``shmsock serve``, which also checks
-where the client is and whose name it used; a peer's is an application that does nothing else.
+answer is the same three bytes everywhere, from an application that does nothing else.
 """
 
 from __future__ import annotations
@@ -26,7 +25,8 @@ UVICORN, H11, NODE = "uvicorn --workers", "uvicorn --workers, h11 and asyncio", 
 WORKERS, SPREAD_OVER = 2, 4
 CONCURRENT = 50
 LONG_LIVED = 400
-REQUEST = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+APPLICATION = "bench.bare_app:Bare"
+REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 _FIRST_COUNT = 2_000
 _TIMEOUT_S = 120.0
 _HOW_TO_GET = {
@@ -51,8 +51,8 @@ def _need(*names: str) -> None:
 
 def _servers(workers: int) -> dict[str, Start]:
     return {
-        OURS: lambda: programs.shmsock_server(workers, "--accept", "workers"),
-        PLACED: lambda: programs.shmsock_server(workers, "--accept", "supervisor"),
+        OURS: lambda: programs.shmsock_server(workers, APPLICATION, "--accept", "workers"),
+        PLACED: lambda: programs.shmsock_server(workers, APPLICATION),
         UVICORN: lambda: programs.uvicorn(workers),
         H11: lambda: programs.uvicorn(workers, "--http", "h11", "--loop", "asyncio"),
         NODE: lambda: programs.node_cluster(workers),
@@ -85,7 +85,7 @@ def _load(server: programs.Server, plan: Plan) -> Sampler:
         command = ["ab", "-q", "-c", str(CONCURRENT), "-n", str(count)]
         try:
             done = subprocess.run(
-                [*command, f"http://127.0.0.1:{server.port}/health"],
+                [*command, f"http://127.0.0.1:{server.port}/"],
                 capture_output=True,
                 text=True,
                 timeout=_TIMEOUT_S,
@@ -129,10 +129,7 @@ def _run_spread(plan: Plan) -> list[Measure]:
         plan.report(f"spread: {LONG_LIVED} connections over {SPREAD_OVER} workers")
         taken = interleave(plan, {label: _spread(server) for label, server in servers.items()})
     title = f"{LONG_LIVED} long-lived connections, most of a worker over the mean"
-    return [
-        Measure(f"{title}, {how}", "of the mean", "lower", samples)
-        for how, samples in taken.items()
-    ]
+    return [Measure(f"{title}, {how}", "x", "lower", samples) for how, samples in taken.items()]
 
 
 def _spread(server: programs.Server) -> Sampler:
@@ -196,11 +193,12 @@ BENCHES = (
     Bench(
         "accept",
         "short connections per second and server CPU per connection",
-        f"ab -c {CONCURRENT} without keep-alive against /health of `shmsock serve --accept "
-        f"workers` and `--accept supervisor`, `uvicorn --workers {WORKERS}` with a bare ASGI "
-        "application (httptools and uvloop; and h11 and asyncio), and Node's cluster (the primary "
-        f"accepts and passes handles in turn); {WORKERS} workers each. CPU: utime + stime of every "
-        "process of the server over the connections of the run, in ticks of 10 ms.",
+        f"ab -c {CONCURRENT} without keep-alive against `shmsock serve {APPLICATION}`, with "
+        f"`--accept workers` and without; `uvicorn --workers {WORKERS}` with a bare ASGI "
+        "application, on httptools and uvloop, and on h11 and asyncio; and Node's cluster, whose "
+        f"primary accepts and passes handles in turn. {WORKERS} workers each, and all answer with "
+        "the same three bytes. CPU: utime + stime of every process of the server over the "
+        "connections of the run, in ticks of 10 ms.",
         _run,
     ),
     Bench(

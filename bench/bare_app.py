@@ -1,12 +1,20 @@
-"""Peers of the accept bench: they answer any request with three bytes, and do nothing else.
+"""The applications of the accept bench: they answer any request with three bytes, and no more.
 
-``uvicorn bench.bare_app:app`` for ASGI; ``NODE`` is the same for Node's cluster.
+``shmsock serve bench.bare_app:Bare`` is ours, ``uvicorn bench.bare_app:app`` the same for ASGI, and
+``NODE`` for Node's cluster.
 """
 
 from __future__ import annotations
 
 import collections.abc
 import typing
+
+from workers.application import Application, Context
+from workers.http import HttpProtocol, Request, Response
+
+if typing.TYPE_CHECKING:
+    from shmsock import SocketRef
+    from workers.protocol import Protocol
 
 Event = dict[str, typing.Any]
 
@@ -30,6 +38,18 @@ if (cluster.isPrimary) {
 """
 
 _HEADERS = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", b"3")]
+
+
+class Bare(Application):
+    """HTTP and nothing else."""
+
+    def protocols(self, context: Context) -> collections.abc.Sequence[Protocol]:
+        """Any request gets the same."""
+        return (HttpProtocol(self.answer, closing=context.draining),)
+
+    def answer(self, request: Request, ref: SocketRef) -> Response:
+        """Three bytes."""
+        return Response(200, b"ok\n")
 
 
 async def app(
