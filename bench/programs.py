@@ -7,6 +7,7 @@ stops them in order; whatever is left of a session after that is killed.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import select
@@ -25,6 +26,7 @@ from .environment import REPOSITORY
 from .measure import BrokenError, UnavailableError
 
 START_S, STOP_S, ANSWER_S = 30.0, 15.0, 120.0
+_numbers = itertools.count()
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
@@ -128,12 +130,12 @@ def tree(root: int) -> set[int]:
 
 
 @contextlib.contextmanager
-def shmsock_server(workers: int) -> typing.Iterator[Server]:
+def shmsock_server(workers: int, *flags: str) -> typing.Iterator[Server]:
     """``shmsock serve`` on a free port, under a name of its own."""
-    name = f"bench-{os.getpid()}-serve"
+    name = f"bench-{os.getpid()}-serve{next(_numbers)}"
     command = [sys.executable, "-m", "workers.cli", "serve", "--name", name]
     command += ["--bind", "127.0.0.1:0", "--workers", str(workers), "--log-level", "warning"]
-    command += ["--graceful-timeout", "2"]
+    command += ["--graceful-timeout", "2", *flags]
     try:
         with (
             tempfile.TemporaryFile() as errors,
@@ -196,6 +198,46 @@ def answerer(loop: str) -> typing.Iterator[Server]:
         if not line:
             raise BrokenError(f"bench.answerers {loop} did not start; what it said is above")
         yield Server(int(line), process.pid)
+
+
+@contextlib.contextmanager
+def uvicorn(workers: int, *flags: str) -> typing.Iterator[Server]:
+    """``uvicorn --workers`` with a bare ASGI application, and nothing logged."""
+    port = _free_port()
+    command = [sys.executable, "-m", "uvicorn", "bench.bare_app:app", "--port", str(port)]
+    command += ["--workers", str(workers), "--backlog", "4096", "--timeout-keep-alive", "60"]
+    command += ["--no-access-log", "--log-level", "warning", *flags]
+    with _started(command) as process:
+        _wait_for_http(process, port)
+        yield Server(port, process.pid)
+
+
+@contextlib.contextmanager
+def node_cluster(workers: int) -> typing.Iterator[Server]:
+    """Node's cluster as it comes: the primary accepts and passes handles in turn."""
+    from .bare_app import NODE
+
+    port = _free_port()
+    with tempfile.NamedTemporaryFile("w", suffix=".js") as program:
+        program.write(NODE)
+        program.flush()
+        command = [which("node"), program.name, str(port), str(workers)]
+        with _started(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            if process.stdout.readline() != b"ready\n":
+                raise BrokenError("Node's cluster did not start; what it said is above")
+            yield Server(port, process.pid)
+
+
+def _wait_for_http(process: subprocess.Popen[bytes], port: int) -> None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as sock:
+            sock.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            if sock.recv(65536).startswith(b"HTTP/1.1 200 "):
+                return
+        time.sleep(0.02)
+    raise BrokenError(f"nobody answers at port {port}")
 
 
 def _free_port() -> int:

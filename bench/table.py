@@ -57,7 +57,7 @@ def _setting(run: Json) -> str:
 
 
 def _figure(value: float, unit: str) -> str:
-    for size, name in _UNITS[unit]:
+    for size, name in _UNITS.get(unit, ()):
         if value >= size:
             return f"{_number(value / size)} {name}"
     return f"{value:.3g} {unit}"

@@ -8,6 +8,7 @@
  *     _waiting.h         getting into a stripe, and waiting for it
  *     _references.h      counting: address, dereference, finalisers
  *     _transitions.h     the transitions as methods
+ *     _accepting.h       accept and create in one call
  *     _reading.h         what the owner does for every event
  *     _writing.h         the write that nothing stands in the way of
  *     _reference_type.h  the reference type
@@ -31,6 +32,7 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
+#include "_accepting.h"
 #include "_local_lock.h"
 #include "_objects.h"
 #include "_reading.h"
@@ -246,6 +248,7 @@ static PyMethodDef Engine_methods[] = {
      "address(sid)\n--\n\nTurn an id into a usable socket, or None once it has failed.\n\n"
      "See Runtime.address; this is its C twin."},
     {"create", (PyCFunction)(void (*)(void))Engine_create, METH_VARARGS | METH_KEYWORDS, NULL},
+    {"accept", (PyCFunction)Engine_accept, METH_VARARGS, NULL},
     {"set_failed", (PyCFunction)Engine_set_failed, METH_VARARGS, NULL},
     {"release_additional_reference", (PyCFunction)Engine_release_additional_reference, METH_O,
      NULL},

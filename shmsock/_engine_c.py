@@ -104,6 +104,9 @@ class Engine(_engine.Engine, EngineBase):
     def _check_participation(self) -> None:
         check_participation(self)
 
+    def _peer_of(self, number: int) -> bytes:
+        return self.peer_of(number)
+
     def _timed_out(self, stripe: int, waited_s: float) -> typing.NoReturn:
         raise StripeTimeoutError(blockers(self, stripe, waited_s))
 

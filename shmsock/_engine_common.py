@@ -24,6 +24,7 @@ class EngineBase:
     Attributes:
         repair: Called without the local lock: a stripe may be stuck.
         let_go: Called without the lock: a slot was let go of for the last time.
+        peer_of: Who is at the other end of a connection that was accepted (cache.py).
         io: What this process's references can do beyond counting (socket.py).
     """
 
@@ -34,6 +35,7 @@ class EngineBase:
         self.semaphores = semaphores
         self.repair: collections.abc.Callable[[int], object] = lambda stripe: None
         self.let_go: collections.abc.Callable[[int, bool], None] = lambda sid, recycled: None
+        self.peer_of: collections.abc.Callable[[int], bytes] = lambda number: b""
         self.io: typing.Any = None
 
     def status(self, sid: int) -> Status:

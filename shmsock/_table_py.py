@@ -14,6 +14,8 @@ from __future__ import annotations
 import dataclasses
 import errno
 import operator
+import os
+import socket
 import time
 
 from ._engine_common import (
@@ -25,7 +27,7 @@ from ._engine_common import (
     table_full,
 )
 from ._stripes_py import Stripes
-from .errors import StripeTimeoutError
+from .errors import StripeTimeoutError, TableFullError
 from .layout import FREE, LIVE, RECYCLING, SLOT_BITS, SLOT_MASK, recycled_version
 from .segment import Cells, Segment
 from .semaphores import Semaphores
@@ -152,6 +154,39 @@ class Table(Stripes):
                     self._abandon_creation(new)
                     raise
         raise table_full(self._slots)
+
+    def accept(
+        self, listener: int, owner: int, on_owner_death: int, tcp: int, unix: int
+    ) -> tuple[int, int, int]:
+        """Accept one connection and create its slot.
+
+        Args:
+            listener: The number of a socket that listens.
+            owner: As of ``create``; so is ``on_owner_death``.
+            on_owner_death: See ``owner``.
+            tcp: The number of that kind; so is ``unix``.
+            unix: See ``tcp``.
+
+        Returns:
+            The connection's number, which is the caller's, its inode, and its id: 0 if there is no
+            free slot.
+
+        If killed: before the slot is LIVE the kernel ends the connection.
+        """
+        listening = socket.socket(fileno=listener)
+        try:
+            accepted = listening.accept()[0]
+        finally:
+            listening.detach()
+        with accepted:  # closed if anything goes wrong
+            kind = unix if accepted.family == socket.AF_UNIX else tcp
+            inode = os.fstat(accepted.fileno()).st_ino
+            peer = self.peer_of(accepted.fileno())
+            try:
+                sid = self.create(owner, inode, kind, on_owner_death, peer)
+            except TableFullError:
+                sid = 0
+            return accepted.detach(), inode, sid
 
     def _find_free(self, stripe: int) -> int:
         begin = stripe * self._block

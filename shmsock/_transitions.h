@@ -36,12 +36,34 @@ end_unknown(Engine *self, uint64_t sid)
     PyErr_Restore(type, value, traceback);
 }
 
+/* Put a socket into a slot of any stripe: DONE, NOTHING if the table is full, or RAISED.
+ *
+ * Reuse goes round over the stripes. One try each, then wait: a stripe in which a live process was
+ * stopped is passed over. */
+static int
+create_anywhere(Engine *self, Call *call)
+{
+    TABLE;
+    uint64_t first = (uint64_t)++self->next_stripe;
+    for (int patient = 0; patient < 2; patient++)
+        for (uint32_t turn = 0; turn < t->stripes; turn++) {
+            uint32_t stripe = (uint32_t)((first + turn) % t->stripes);
+            if (find_free(t, stripe) < 0)
+                continue;
+            call->slot = stripe; /* which the body takes for the stripe */
+            int result =
+                run_within(self, stripe, NULL, body_create, call, patient ? PATIENCE_NS : 0);
+            if (result == RAISED || result == DONE)
+                return result;
+        }
+    return NOTHING;
+}
+
 static PyObject *
 Engine_create(Engine *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"owner", "inode", "kind", "on_owner_death", "peer", "user_data",
                             "made",  NULL};
-    TABLE;
     Call call = {.new = {.peer = "", .user_data = ""}};
     PyObject *made = Py_None;
     unsigned long long owner, inode = 0;
@@ -54,29 +76,17 @@ Engine_create(Engine *self, PyObject *args, PyObject *kwargs)
     call.new.inode = inode;
     call.new.peer_bytes = (size_t)peer_bytes;
     call.new.user_data_bytes = (size_t)user_data_bytes;
-    /* Reuse goes round over the stripes. One try each, then wait: a stripe in which a live process
-     * was stopped is passed over. */
-    uint64_t first = (uint64_t)++self->next_stripe;
-    for (int patient = 0; patient < 2; patient++)
-        for (uint32_t turn = 0; turn < t->stripes; turn++) {
-            uint32_t stripe = (uint32_t)((first + turn) % t->stripes);
-            if (find_free(t, stripe) < 0)
-                continue;
-            call.slot = stripe; /* which the body takes for the stripe */
-            int result =
-                run_within(self, stripe, NULL, body_create, &call, patient ? PATIENCE_NS : 0);
-            if (result == RAISED)
-                return NULL;
-            if (result == DONE) {
-                PyObject *sid = PyLong_FromUnsignedLongLong(call.made);
-                if (sid != NULL && made != Py_None && PyList_Append(made, sid) < 0)
-                    Py_CLEAR(sid);
-                if (sid == NULL)
-                    end_unknown(self, call.made);
-                return sid;
-            }
-        }
-    return PyObject_CallMethod(OBJECT(self), "_table_full", NULL);
+    int result = create_anywhere(self, &call);
+    if (result == RAISED)
+        return NULL;
+    if (result == NOTHING)
+        return PyObject_CallMethod(OBJECT(self), "_table_full", NULL);
+    PyObject *sid = PyLong_FromUnsignedLongLong(call.made);
+    if (sid != NULL && made != Py_None && PyList_Append(made, sid) < 0)
+        Py_CLEAR(sid);
+    if (sid == NULL)
+        end_unknown(self, call.made);
+    return sid;
 }
 
 static PyObject *

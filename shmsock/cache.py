@@ -24,7 +24,7 @@ import numpy as np
 
 from . import channel
 from .engine import Engine
-from .layout import KIND_NAMES, SLOT_BITS, SLOT_MASK
+from .layout import KIND_NAMES, PEER_BYTES, SLOT_BITS, SLOT_MASK
 from .segment import Segment
 from .service import Service
 
@@ -35,25 +35,43 @@ class Entry:
     """One cached descriptor.
 
     Attributes:
-        sock: The number, wrapped without asking the kernel what it is.
+        fd: The number.
+        sock: It, wrapped without asking the kernel what it is, once somebody needs that.
         used_ns: When it was last used.
         pollers: The epolls it is registered in, which must forget it before it is closed.
         told: Whether this process knows that the socket is its own: created here, or passed. Who
             becomes the owner of one that it had only written to is still to be told.
+        shared: Whether somebody else may have a duplicate, so that closing ours ends nothing.
     """
 
-    __slots__ = ("fd", "inode", "pollers", "put", "sid", "sock", "told", "used_ns")
+    __slots__ = ("_sock", "fd", "inode", "pollers", "put", "shared", "sid", "told", "used_ns")
 
-    def __init__(self, sid: int, sock: socket.socket) -> None:
-        """A fresh entry, in no epoll."""
+    def __init__(self, sid: int, fd: int, inode: int) -> None:
+        """A fresh entry, in no epoll; the number is its to close."""
         self.sid = sid
-        self.sock = sock
-        self.fd = sock.fileno()
-        self.inode = os.fstat(self.fd).st_ino  # tells whether foreign code has reused the number
+        self.fd = fd
+        self._sock: socket.socket | None = None
+        self.inode = inode  # tells whether foreign code has reused the number
         self.used_ns = 0
         self.pollers: list[collections.abc.Callable[[int], None]] = []
         self.put = False  # whether the host has it, if it should
         self.told = False
+        self.shared = True
+
+    @property
+    def sock(self) -> socket.socket:
+        """The number as a socket object."""
+        sock = self._sock
+        if sock is None:
+            sock = self._sock = wrap(self.fd)
+        return sock
+
+    def close(self) -> None:
+        """Close the number, unless foreign code did: it may be another file's by now."""
+        if self._sock is not None:
+            channel.close_or_leave(self._sock, self.inode)
+        elif channel.is_inode(self.fd, self.inode):
+            os.close(self.fd)
 
 
 def wrap(fd: int) -> socket.socket:
@@ -90,6 +108,15 @@ def peer_of(sock: socket.socket) -> str:
     return f"unix:{text.lstrip(chr(0)) or '-'}"
 
 
+def peer_of_number(fd: int) -> bytes:
+    """As ``peer_of``, of a number that stays the caller's."""
+    sock = socket.socket(fileno=fd)
+    try:
+        return peer_of(sock).encode("utf-8", "replace")[:PEER_BYTES]
+    finally:
+        sock.detach()
+
+
 class Cache:
     """The descriptors that this process has, and when their numbers may be closed."""
 
@@ -108,9 +135,11 @@ class Cache:
         """The cached entry, if there is one."""
         return self._entries.get(sid)
 
-    def keep(self, sid: int, sock: socket.socket) -> Entry:
-        """Cache a socket object of ours; one that is there already is kept instead."""
-        entry = self._keep(Entry(sid, sock))
+    def keep(self, sid: int, fd: int, inode: int, *, shared: bool = True) -> Entry:
+        """Cache a number of ours; one that is there already is kept instead."""
+        entry = Entry(sid, fd, inode)
+        entry.shared = shared
+        entry = self._keep(entry)
         entry.told = True
         return entry
 
@@ -127,10 +156,11 @@ class Cache:
 
     def _arrived(self, sid: int, fd: int) -> None:
         """Cache a received descriptor if it is what its slot says."""
-        if os.fstat(fd).st_ino != self._cells.inode[sid & SLOT_MASK]:
+        inode = os.fstat(fd).st_ino
+        if inode != self._cells.inode[sid & SLOT_MASK]:
             os.close(fd)  # the slot has moved on between the host's look and ours
             return
-        entry = Entry(sid, wrap(fd))
+        entry = Entry(sid, fd, inode)
         entry.put = True
         # ORDER: watched before others can find it, or this would replace their wish for EPOLLOUT.
         self.watch_hang_up(entry)
@@ -140,8 +170,16 @@ class Cache:
             self._service.call_soon(functools.partial(self._hung_up, sid))
 
     def _fd_of(self, sid: int) -> int:
+        """The number to send to somebody else.
+
+        ORDER: said to be shared before it is. Who closes at this moment and has not seen it has
+        moved the version first, and whoever receives a number looks at that.
+        """
         entry = self._entries.get(sid)
-        return entry.fd if entry is not None else -1
+        if entry is None:
+            return -1
+        entry.shared = True
+        return entry.fd
 
     def watch_hang_up(self, entry: Entry) -> None:
         """Notice in the service loop when an idle duplicate's connection ends."""
@@ -185,7 +223,7 @@ class Cache:
     def _close(self, entry: Entry) -> None:
         for forget in entry.pollers:
             forget(entry.fd)
-        channel.close_or_leave(entry.sock, entry.inode)
+        entry.close()
 
     def _evict(self) -> None:
         """Over the bound: close the least recently used that nobody is using."""
@@ -223,4 +261,4 @@ class Cache:
         """Close every number and touch no epoll; for a forked child, and at the end."""
         while self._entries:
             entry = self._entries.popitem()[1]
-            channel.close_or_leave(entry.sock, entry.inode)
+            entry.close()

@@ -158,6 +158,10 @@ def close_or_leave(sock: socket.socket, inode: int) -> None:
         sock.detach()
 
 
+def _is_number(fd: int) -> bool:
+    return fd >= 0
+
+
 def _is_open(fd: int) -> bool:
     try:
         return fd >= 0 and bool(os.fstat(fd))
@@ -231,6 +235,7 @@ class Link:
         self._on_message, self._on_end = on_message, on_end
         self._queue: collections.deque[tuple[int, list[int], int]] = collections.deque()
         self._wants_out = False
+        self._looks = False
         # Reentrant: what ``on_end`` and ``resolve`` do may come back here.
         self._lock = threading.RLock()
         watch(sock.fileno(), select.EPOLLIN, self._handle)
@@ -281,7 +286,8 @@ class Link:
                     blocked = True
                 except OSError as error:
                     if error.errno == errno.EBADF and kind in WITH_DESCRIPTORS and not self.closed:
-                        continue  # one was closed after the look: look again
+                        self._looks = True
+                        continue  # one was closed, perhaps after the look: look at each, again
                     self.close()
                 else:
                     self._queue.popleft()
@@ -296,13 +302,16 @@ class Link:
         lost: set[int] = set()
         if kind in WITH_DESCRIPTORS:
             pairs = [(sid, self._resolve(sid)) for sid in ids]
-            lost = {sid for sid, fd in pairs if not _is_open(fd)}
+            # WHY NOT ask for each: the kernel refuses the message if one is closed (EBADF).
+            is_open = _is_open if self._looks else _is_number
+            lost = {sid for sid, fd in pairs if not is_open(fd)}
             pairs = [(sid, fd) for sid, fd in pairs if sid not in lost]
             ids, descriptors = [sid for sid, _ in pairs], [fd for _, fd in pairs]
         # A number that another thread closes and reuses from here on names another file: whoever
         # receives it compares the inode.
         if ids:
             send(self.sock, kind, ids, descriptors, code)
+        self._looks = False
         if lost and kind == GOT:  # who asked must not wait for what will not come
             self._queue.append((GET_NO, sorted(lost), errno.ESTALE))
 

@@ -62,6 +62,7 @@ class Descriptors(Cache):
         self._answered = 0
         self._hello = (segment.inode, engine.index, epoch)
         self._idle_fetchers: list[socket.socket] = []
+        self._undeposited: set[int] = set()  # created, and to be given to the host together
         self._failed: collections.deque[int] = collections.deque()  # hints that wait for the loop
         self._link: channel.Link | None = None
         self._closed = False
@@ -229,6 +230,8 @@ class Descriptors(Cache):
 
     def _drive_puts(self) -> None:
         """Send what waits for the host, connecting to it if that is still to be done."""
+        if self._undeposited:
+            self.deposit(list(self._undeposited))
         link = self._link
         if link is not None and not link.closed:
             link.flush()
@@ -258,8 +261,14 @@ class Descriptors(Cache):
         """End the connection for everybody, and tell the host, which closes its duplicate."""
         with self._engine.lock:
             entry = self._entries.get(sid)
-            if entry is not None and channel.is_inode(entry.fd, entry.inode):
-                shut_down(entry.sock)
+            if entry is not None:
+                # Where ours is the only one, closing it ends the connection; but it is not closed
+                # while a reference is held, and who waits with one must be woken.
+                held = self._engine.count(sid & SLOT_MASK)
+                if (entry.shared or held) and channel.is_inode(entry.fd, entry.inode):
+                    shut_down(entry.sock)
+                if not entry.shared:
+                    return
         store = self.store
         if store is not None:
             self._service.call_soon(lambda: store.drop(sid))
@@ -315,20 +324,37 @@ class Descriptors(Cache):
     # -- the process's channel ------------------------------------------------------------------
 
     def put(self, sid: int) -> None:
-        """Give the host a duplicate; tried again by the timer until it is acknowledged."""
+        """Give the host a duplicate at once."""
+        self.deposit([sid])
+
+    def deposit_later(self, sid: int) -> None:
+        """Note an id for ``deposit``, which its creator will call for several at once."""
+        self._undeposited.add(sid)
+
+    def deposit(self, sids: collections.abc.Sequence[int]) -> None:
+        """Give the host duplicates; tried again by the timer until each is acknowledged."""
+        self._undeposited.difference_update(sids)
         if self.store is not None:
-            entry = self._entries.get(sid)
-            if entry is not None:  # or it has failed already
-                self.store.keep(sid, wrap(os.dup(entry.fd)))
-                entry.put = True
+            for sid in sids:
+                entry = self._entries.get(sid)
+                if entry is not None and not entry.put:  # or it has failed already
+                    entry.shared = True
+                    self.store.keep(sid, wrap(os.dup(entry.fd)))
+                    entry.put = True
             return
         self._wants_link = True
+        here = [sid for sid in sids if sid in self._entries]
+        sids = [sid for sid in here if not has_moved_on(self._segment, sid)]
+        for sid in set(here).difference(sids):  # another failed it, and had no descriptor
+            self._service.call_soon(functools.partial(self._hung_up, sid))
+        if not sids:
+            return
         link = self._link
-        if link is None or link.closed or not link.tell(channel.PUT, [sid]):
-            self._service.call_soon(lambda: self._put([sid]))
+        if link is None or link.closed or not link.tell(channel.PUT, sids):
+            self._service.call_soon(lambda: self._put(sids))
         self._service.ensure()
 
-    def _put(self, sids: list[int]) -> None:
+    def _put(self, sids: collections.abc.Sequence[int]) -> None:
         link = self.connect()
         if link is not None:  # else the timer tries again
             link.tell(channel.PUT, sids)
@@ -389,6 +415,8 @@ class Descriptors(Cache):
     def tick(self) -> None:
         """Once a second, in the service loop."""
         self.sweep()
+        if self._undeposited:
+            self.deposit(list(self._undeposited))
         if self.store is not None:
             self.store.sweep()
         elif self._wants_link:
@@ -474,10 +502,11 @@ class Descriptors(Cache):
     def _receive_passed(self, link: channel.Link, message: channel.Message) -> None:
         arrived = []
         for sid, fd in zip(message.ids, message.descriptors, strict=False):
-            if os.fstat(fd).st_ino != self._cells.inode[sid & SLOT_MASK]:
+            inode = os.fstat(fd).st_ino
+            if inode != self._cells.inode[sid & SLOT_MASK]:
                 os.close(fd)
                 continue
-            self.keep(sid, wrap(fd)).put = True
+            self.keep(sid, fd, inode).put = True
             arrived.append(sid)
         refused = message.ids[len(message.descriptors) :]
         if refused:  # EMFILE: the data arrives without its descriptor

@@ -170,9 +170,23 @@ class Dispatcher:
 
     # -- other descriptors ----------------------------------------------------------------------
 
-    def add_reader(self, fd: int, callback: collections.abc.Callable[[], object]) -> None:
-        """Call ``callback`` while ``fd`` is readable; level-triggered: listeners, pidfds, pipes."""
-        self._epoll.register(fd, select.EPOLLIN)
+    def add_reader(
+        self,
+        fd: int,
+        callback: collections.abc.Callable[[], object],
+        *,
+        exclusive: bool = False,
+    ) -> None:
+        """Call ``callback`` while ``fd`` is readable; level-triggered: listeners, pidfds, pipes.
+
+        Args:
+            fd: The descriptor.
+            callback: Called without arguments.
+            exclusive: For a listener that several processes watch: the kernel wakes one of those
+                that wait, the one that was added first. Who is woken and does nothing has taken
+                the event from the others: look again after a while, everybody.
+        """
+        self._epoll.register(fd, select.EPOLLIN | (select.EPOLLEXCLUSIVE if exclusive else 0))
         self._by_fd[fd] = callback
 
     def remove_reader(self, fd: int) -> None:
@@ -182,7 +196,8 @@ class Dispatcher:
     def call_soon(self, call: collections.abc.Callable[[], object]) -> None:
         """Make a call in the loop; from any thread, and from signal handlers."""
         self._soon.append(call)
-        self._wake()
+        if not (self._thread and self._service.is_awake()):
+            self._wake()
 
     def call_later(self, delay_s: float, call: collections.abc.Callable[[], object]) -> Timer:
         """Make a call in the loop after a delay."""
@@ -249,6 +264,8 @@ class Dispatcher:
         ours; inside ``run`` that work is done here.
         """
         adopted = self._thread == threading.get_ident()
+        if adopted:
+            self._service.awake = False  # ORDER: before the looks below; see Service
         due_s = self._service.delay_s() if adopted else -1.0
         if self._again or self._soon:
             due_s = 0.0
@@ -257,7 +274,10 @@ class Dispatcher:
         if not adopted:
             self._service.ensure()
         try:
-            self._run_batch(self._poll(timeout_s), adopted)
+            events = self._poll(timeout_s)
+            if adopted:
+                self._service.awake = True
+            self._run_batch(events, adopted)
         except BaseException:
             # Edges were taken from the kernel that it will not report again: a signal handler's
             # exception may strike between any two lines. So everybody is asked once more.

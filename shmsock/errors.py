@@ -20,6 +20,11 @@ A stale SocketId is none of these: ``address`` returns None. The kernel's refusa
 
 from __future__ import annotations
 
+import typing
+
+if typing.TYPE_CHECKING:
+    import socket
+
 import os
 import signal as _signal
 
@@ -49,7 +54,13 @@ class HostLostError(AlreadyRunningError):
 
 
 class TableFullError(ShmsockError):
-    """No free slot, or no free process row; the message names the option to raise."""
+    """No free slot, or no free process row; the message names the option to raise.
+
+    Attributes:
+        sock: From ``Runtime.accept``: the connection that found no slot, yours to turn away.
+    """
+
+    sock: socket.socket | None = None
 
 
 class StripeTimeoutError(ShmsockError, TimeoutError):

@@ -25,6 +25,7 @@ import typing
 
 import numpy as np
 
+from .cache import peer_of_number
 from .descriptors import Descriptors
 from .engine import NAME as ENGINE
 from .engine import Engine
@@ -124,6 +125,7 @@ class Participant(View):
             # The C engine's method itself: a Python one around it would cost four times as much.
             vars(self)["address"] = self._engine.address
         self._engine.repair = self._look
+        self._engine.peer_of = peer_of_number
         self._descriptors.peers.is_alive = self._processes.is_alive
         self._service.on_lost = self._disown
         self._descriptors.on_hang_up = self._hung_up

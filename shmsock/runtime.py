@@ -17,6 +17,7 @@ import weakref
 
 import numpy as np
 
+from ._engine_common import table_full
 from .cache import kind_of, peer_of, wrap
 from .errors import (
     AlreadyRunningError,
@@ -29,6 +30,7 @@ from .errors import (
 from .groups import Groups
 from .layout import (
     HEADER_INDEX,
+    KIND_NAMES,
     LIVE,
     ON_OWNER_DEATH,
     PEER_BYTES,
@@ -56,6 +58,7 @@ log = logging.getLogger("shmsock")
 
 DEFAULT_MAX_UNWRITTEN_BYTES = 64 << 20
 _POISONED = HEADER_INDEX["poisoned"]
+_TCP, _UNIX = KIND_NAMES.index("tcp"), KIND_NAMES.index("unix")
 
 _runtimes: weakref.WeakSet[Runtime] = weakref.WeakSet()
 _current: Runtime | None = None
@@ -250,6 +253,7 @@ class Runtime(Participant):
         *,
         owner: int | None = None,
         on_owner_death: str = "fail",
+        deposit: bool = True,
     ) -> int:
         """Make a connected, listening or datagram socket a Socket of the runtime.
 
@@ -262,6 +266,9 @@ class Runtime(Participant):
             on_owner_death: What becomes of it when its owner is killed: ``fail``, or ``rehome``:
                 if it was idle (not ``busy``, no message half written) it waits for the host to
                 give it a new owner, and its peer notices nothing.
+            deposit: Whether the host gets a duplicate at once. Whoever creates many gives them
+                together afterwards, by ``deposit``: one message for 253 of them, and none for
+                those that have ended by then.
 
         Returns:
             Its SocketId.
@@ -282,12 +289,7 @@ class Runtime(Participant):
         made: list[int] = []
         try:
             sid = self._engine.create(word, inode, kind, fate, peer, bytes(user_data), made)
-            held = wrap(sock.detach())
-            if word == self._engine.word or self._store is None:
-                self._descriptors.keep(sid, held)
-                self._descriptors.put(sid)
-            else:
-                self._store.keep(sid, held)
+            self._keep(sid, word, sock.detach(), inode, deposit)
         except (TableFullError, StripeTimeoutError):
             raise  # nothing was made
         except BaseException:  # nobody else has the id: nobody else would ever end it
@@ -295,6 +297,65 @@ class Runtime(Participant):
                 self._io.set_failed(sid, errno.EMFILE, "it could not be created")
             raise
         return sid
+
+    def accept(
+        self,
+        listener: socket.socket,
+        *,
+        owner: int | None = None,
+        on_owner_death: str = "fail",
+        deposit: bool = True,
+    ) -> int:
+        """Accept one connection and make it a Socket: ``accept`` and ``create_socket`` in one call.
+
+        Arguments as of ``create_socket``.
+
+        Raises:
+            BlockingIOError: Nobody waits, and the listener does not block.
+            OSError: As of ``accept``: EMFILE, EINVAL once the listener was shut down.
+            TableFullError: No slot is free; its ``sock`` is the connection, yours to turn away.
+            StripeTimeoutError, ValueError: As of ``create_socket``. The connection was dropped.
+
+        If killed: before the slot is LIVE the connection ends; after, as of ``create_socket``.
+        """
+        self._check()
+        word = self._engine.word if owner is None else self._word_of(owner)
+        fate = ON_OWNER_DEATH.index(on_owner_death)
+        fd, inode, sid = self._engine.accept(listener.fileno(), word, fate, _TCP, _UNIX)
+        if not sid:
+            full = table_full(self.slots)
+            full.sock = socket.socket(fileno=fd)
+            raise full
+        try:
+            self._keep(sid, word, fd, inode, deposit)
+        except BaseException:
+            self._io.set_failed(sid, errno.EMFILE, "it could not be created")
+            raise
+        return sid
+
+    def _keep(self, sid: int, word: int, fd: int, inode: int, deposit: bool) -> None:
+        """Keep the number of a new socket where its owner or the host finds it."""
+        if word != self._engine.word and self._store is not None:
+            self._store.keep(sid, wrap(fd))
+            return
+        self._descriptors.keep(sid, fd, inode, shared=False)
+        if deposit:
+            self._descriptors.put(sid)
+        else:
+            self._descriptors.deposit_later(sid)
+
+    def deposit(self, sids: collections.abc.Sequence[int]) -> None:
+        """Give the host duplicates of sockets that this process made with ``deposit=False``.
+
+        Until then a socket ends with this process, whatever its ``on_owner_death`` says, and others
+        who want to write to it wait. What is forgotten here the timer does within a second; a fetch
+        of this process does it too, so that two who wait for each other's new sockets go on.
+
+        Concurrency: from any thread; again does nothing.
+        If killed: each socket has been deposited or has not: those that were are rehomed.
+        """
+        self._check()
+        self._descriptors.deposit(sids)
 
     def pass_to(self, index: int, sids: collections.abc.Iterable[int]) -> list[int]:
         """In the host: hand sockets created with ``owner=index`` to that process.

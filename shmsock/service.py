@@ -99,6 +99,9 @@ class Service:
         self._adopted = False
         self._stopping = False
         self._runner = 0  # the ident of the thread that runs the loop now
+        # Whether that thread looks at ``_soon`` once more before it waits. ORDER: false before the
+        # look: a signal handler that comes between look and wait must end the wait.
+        self.awake = False
         # Called in the loop when foreign code has closed our numbers; the loop ends.
         self.on_lost: Call = lambda: None
 
@@ -129,7 +132,7 @@ class Service:
 
     def release(self) -> None:
         """The dispatcher has stopped: a thread does the work again."""
-        self._adopted = False
+        self._adopted = self.awake = False
         self._runner = 0
         self.ensure()
 
@@ -188,6 +191,7 @@ class Service:
         me = threading.current_thread()
         self._runner = threading.get_ident()
         while self._thread is me:
+            self.awake = False
             self.run_once(self.delay_s())
 
     # -- the loop -------------------------------------------------------------------------------
@@ -204,6 +208,7 @@ class Service:
                 self._stopping, self._thread = True, None
             _call(self.on_lost)
             return
+        self.awake = True
         # Handlers may close numbers, and the kernel reuses them: whose event it is, is settled
         # before the first one runs.
         batch = [(self._handlers.get(fd), happened) for fd, happened in events]
@@ -273,7 +278,12 @@ class Service:
     def call_soon(self, call: Call) -> None:
         """Make a call in the loop; from any thread, and from signal handlers."""
         self._soon.append(call)
-        self.wake()
+        if not self.is_awake():
+            self.wake()
+
+    def is_awake(self) -> bool:
+        """Whether the caller runs the loop, and looks once more before it waits."""
+        return self.awake and threading.get_ident() == self._runner
 
     def call_later(self, delay_s: float, call: Call) -> Timer:
         """Make a call in the loop after a delay; from any thread."""
@@ -282,7 +292,7 @@ class Service:
         with self._lock:
             first = not self._timers or due < self._timers[0][0]
             heapq.heappush(self._timers, (due, next(self._order), timer))
-        if first:
+        if first and not self.is_awake():
             self.wake()
         return timer
 

@@ -123,8 +123,20 @@ class View:
         """How many sockets each process index owns: one pass of numpy over the table."""
         self._check()
         columns = self._segment.columns
-        owners = (columns.owner[columns.state == LIVE] & np.uint64(0xFFFF)).astype("i8")
-        return np.bincount(owners, minlength=self._segment.layout.processes)
+        # WHY NOT a mask: of a table that is mostly empty few words are read this way.
+        owners = columns.owner[np.flatnonzero(columns.state == LIVE)] & np.uint64(0xFFFF)
+        return np.bincount(owners.astype("i8"), minlength=self._segment.layout.processes)
+
+    def loads(self, role: str) -> dict[int, int]:
+        """How many sockets each process of a role owns, by index; asks the kernel nothing.
+
+        One that has died and was not yet reaped is among them.
+        """
+        counts = self.owned_counts()
+        columns = self._segment.columns
+        live = (columns.row_state & np.uint64(0xFF)) == LIVE
+        rows = np.flatnonzero(live & (columns.row_role == ROLES.index(role)))
+        return dict(zip(rows.tolist(), counts[rows].tolist(), strict=True))
 
     @property
     def slots(self) -> int:
@@ -159,6 +171,17 @@ class View:
         words = np.array(self._processes.live_words(), "u8")
         rows = np.flatnonzero(rehomed & ~np.isin(owners, words))
         return [int(versions[row]) << SLOT_BITS | row for row in rows.tolist()]
+
+    def listeners(self) -> list[int]:
+        """The live sockets that listen and outlive their owner: those of a server."""
+        self._check()
+        columns = self._segment.columns
+        rows = np.flatnonzero(
+            (columns.kind == _LISTENER) & (columns.state == LIVE) & (columns.on_owner_death != 0)
+        )
+        versions = (columns.versioned_ref[rows] >> np.uint64(SLOT_BITS)).tolist()
+        found = zip(rows.tolist(), versions, strict=True)
+        return [version << SLOT_BITS | row for row, version in found if not version & 1]
 
     def is_listener(self, sid: int) -> bool:
         """Whether an id names a socket that listens."""

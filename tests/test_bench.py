@@ -37,6 +37,13 @@ _MEASURES = {
         for pipeline in (1, 16)
         for figure in ("rate", "server CPU per request")
     },
+    "accept": {
+        f"short connections, ab -c 50, {figure}" for figure in ("rate", "server CPU per connection")
+    },
+    "spread": {
+        f"400 long-lived connections, most of a worker over the mean, {how}"
+        for how in ("one after another", "in a burst")
+    },
     "take": {"take + give of a stripe"},
     "holds": {
         f"death to last hold returned, {host} a host, {figure}"
@@ -69,6 +76,13 @@ _PEERS = {
         "Redis pub/sub, forwarded to the client",
     },
     "requests": {"redis-server", "asyncio, no parsing", "uvloop, no parsing"},
+    "accept": {
+        "shmsock, the supervisor accepts",
+        "uvicorn --workers",
+        "uvicorn --workers, h11 and asyncio",
+        "Node cluster",
+    },
+    "spread": {"shmsock, the supervisor accepts", "uvicorn --workers", "Node cluster"},
     "take": {"posix_ipc acquire(), release()", "posix_ipc acquire(0), release()"},
     "holds": {"the kernel reports the death"},
     "rehome": {"the kernel reports the death"},

@@ -253,6 +253,8 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_a_request_costs_one_read(bench: Bench, reads: list[int]) -> None:
     _, peer = bench.connect()
+    assert reads == [-1]  # the look when it came
+    reads.clear()
     for number in range(5):
         peer.sendall(b"%d\n" % number)
         assert bench.hear(peer, 2) == b"%d\n" % number

@@ -48,6 +48,9 @@ class Settings(typing.TypedDict):
     password: str | None
     pages_remote: bool
     max_connections: int
+    accept: str
+    keeps: int
+    on_owner_death: str
 
 
 @dataclasses.dataclass(frozen=True)

@@ -176,6 +176,16 @@ def _serve_parser(commands: typing.Any) -> None:
         help="idle connections of a killed worker: move to another (default), or fail",
     )
     add(
+        "--accept",
+        type=_accept,
+        default="supervisor",
+        metavar="{supervisor,workers}",
+        help="who accepts: the supervisor, which places each connection with the worker that has "
+        "the fewest (default); or the workers themselves, from the listeners they share, which "
+        "costs less for a connection and goes on without a supervisor; reuseport is taken for "
+        "workers",
+    )
+    add(
         "--log-level",
         default="info",
         type=str.lower,
@@ -215,6 +225,13 @@ def _address(text: str) -> str:
             split_address(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _accept(text: str) -> str:
+    text = "workers" if text == "reuseport" else text  # what other servers call it
+    if text not in ("supervisor", "workers"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither supervisor nor workers")
     return text
 
 
@@ -268,6 +285,7 @@ def _serve(options: argparse.Namespace) -> int:
             on_owner_death=options.on_owner_death,
             application=options.application or BUILT_IN,
             pool=options.pool,
+            accept=options.accept,
         )
     )
     return supervisor.run(lambda: print(_banner(supervisor), flush=True))

@@ -24,6 +24,7 @@ import collections.abc
 import dataclasses
 import email.utils
 import errno
+import functools
 import logging
 import re
 import time
@@ -48,12 +49,13 @@ _FLUSH_BYTES = 1 << 20
 METHODS = (b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"OPTIONS", b"PATCH", b"TRACE", b"CONNECT")
 _NOT_IMPLEMENTED = (b"TRACE", b"CONNECT")
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/(\d)\.(\d)\r\n")
+_UPGRADE = re.compile(rb"\nupgrade:", re.IGNORECASE)
 _HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _HTML_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)  # WHY NOT frozen: it costs each field a call
 class Request:
     """One whole request.
 
@@ -72,7 +74,7 @@ class Request:
     keep_alive: bool
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)
 class Response:
     """What a handler answers; length, date and the protective headers are added on the way out."""
 
@@ -111,9 +113,6 @@ class _RefusedError(Exception):
 
 class _Message:
     """What httptools says about the message in progress. Records, does nothing, never raises."""
-
-    def __init__(self) -> None:
-        self.reset()
 
     def reset(self) -> None:
         self.headers: list[tuple[bytes, bytes]] = []
@@ -154,6 +153,11 @@ class HttpProtocol:
 
         The method alone is not enough: ``GET key`` is an inline command of RESP.
         """
+        if (
+            head[: head.find(b" ", 0, 8)] in METHODS
+            and b" HTTP/1." in head.partition(b"\n")[0][:LINE_LIMIT_BYTES]
+        ):
+            return True
         window = head[:LINE_LIMIT_BYTES]
         line, newline, _ = window.partition(b"\n")
         method, space, _ = line.partition(b" ")
@@ -213,8 +217,11 @@ class HttpSession:
             return True
         self._buffer += data
         try:
-            while not (self._closed or self._elsewhere) and (piece := self._next_piece()):
-                self._take(piece, ref)
+            while not (self._closed or self._elsewhere) and (
+                self._take_whole_head(ref)
+                or ((piece := self._next_piece()) and self._take(piece, ref))
+            ):
+                pass
         except _RefusedError as error:
             self._closed = True
             self._send(ref, error.response, keep_alive=False)
@@ -282,8 +289,36 @@ class HttpSession:
         elif self._head_bytes + line_bytes > HEAD_LIMIT_BYTES:
             raise _RefusedError(431, f"request line and headers may have {HEAD_LIMIT_BYTES} bytes")
 
-    def _take(self, piece: bytes, ref: SocketRef) -> None:
-        """Feed one piece and do what follows from it."""
+    def _take_whole_head(self, ref: SocketRef) -> bool:
+        """Feed a head that is here whole and within every limit at once; else false.
+
+        What follows from it is what would follow line by line: the parser is a stream's, and the
+        one line that it must not see (see the head of this file) sends us the other way.
+        """
+        begin, message = self._at, self._message
+        if self._head_bytes or self._data_left_bytes or message.head_complete:
+            return False
+        end = self._buffer.find(b"\r\n\r\n", begin, begin + HEAD_LIMIT_BYTES) + 4
+        line_end = self._buffer.find(b"\n", begin, begin + LINE_LIMIT_BYTES) + 1
+        if end < 4 or not line_end or line_end - begin <= 2:
+            return False
+        head = bytes(self._buffer[begin:end])
+        if _UPGRADE.search(head):
+            return False
+        self._at = self._scanned = end
+        self._head_bytes = len(head)
+        self._started_s = time.monotonic()
+        self._check_request_line(head[: line_end - begin])
+        self._feed(head)
+        if message.head_complete:
+            self._check_head()
+        if message.complete:
+            self._handle(ref)
+            self._begin()
+        return True
+
+    def _take(self, piece: bytes, ref: SocketRef) -> bool:
+        """Feed one piece and do what follows from it; true."""
         message = self._message
         if not message.head_complete:
             self._take_head_line(piece)
@@ -302,6 +337,7 @@ class HttpSession:
         if message.complete:
             self._handle(ref)
             self._begin()
+        return True
 
     def _take_head_line(self, line: bytes) -> None:
         if not self._head_bytes:
@@ -386,12 +422,16 @@ class HttpSession:
             raise _RefusedError(400, "bad request target")
         path, _, query = target.partition("?")
         try:
-            parsed = urllib.parse.parse_qs(query, keep_blank_values=True, max_num_fields=100)
+            parsed = (
+                urllib.parse.parse_qs(query, keep_blank_values=True, max_num_fields=100)
+                if query
+                else {}
+            )
         except ValueError as error:
             raise _RefusedError(400, "bad query") from error
         return Request(
             method=self._method.decode("ascii"),
-            path=urllib.parse.unquote(path),
+            path=urllib.parse.unquote(path) if "%" in path else path,
             query=parsed,
             headers=self._headers,
             body=bytes(self._message.body),
@@ -498,22 +538,40 @@ def _head_of(response: Response, *, keep_alive: bool, old: bool) -> bytes:
     Raises:
         ValueError: The handler put a line break, or what is not Latin-1, into a header.
     """
+    return _made_head(
+        response.status,
+        response.content_type,
+        len(response.body),
+        tuple(response.headers.items()),
+        "close" if not keep_alive else "keep-alive" if old else "",
+        _http_date(),
+    )
+
+
+@functools.lru_cache(64)
+def _made_head(
+    status: int,
+    content_type: str,
+    length_bytes: int,
+    headers: tuple[tuple[str, str], ...],
+    connection: str,
+    date: str,
+) -> bytes:
+    """A head, once a second for each kind of answer."""
     fields = {
-        "Date": _http_date(),
+        "Date": date,
         "Server": "shmsock",
-        "Content-Type": response.content_type,
-        "Content-Length": str(len(response.body)),
+        "Content-Type": content_type,
+        "Content-Length": str(length_bytes),
         "Cache-Control": "no-store",
         "X-Content-Type-Options": "nosniff",
     }
-    if response.content_type.startswith("text/html"):
+    if content_type.startswith("text/html"):
         fields["Content-Security-Policy"] = _HTML_POLICY
-    fields.update(response.headers)
-    if not keep_alive:
-        fields["Connection"] = "close"
-    elif old:
-        fields["Connection"] = "keep-alive"
-    lines = [f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}"]
+    fields.update(headers)
+    if connection:
+        fields["Connection"] = connection
+    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]
     lines += [f"{name}: {value}" for name, value in fields.items()]
     if any("\r" in line or "\n" in line for line in lines):
         raise ValueError("a header with a line break")

@@ -18,6 +18,7 @@ import typing
 from shmsock import (
     Dispatcher,
     OverCrowdedError,
+    PoisonedError,
     Runtime,
     ShmsockError,
     SocketFailedError,
@@ -34,6 +35,7 @@ _READ_BYTES = 64 << 10
 _READS_A_ROUND = 8  # then other connections have a turn
 _HEAD_BYTES = 64 << 10  # no protocol needs more to be known by
 _RECHECK_S = 0.1
+_GONE = errno.ENOTCONN, "the socket is gone"
 
 
 class Connection:
@@ -94,42 +96,72 @@ class Messenger:
         """How many connections are read here."""
         return len(self._connections)
 
-    def take(self, sids: list[int]) -> None:
-        """Read these from here on: they are ours, placed here or another worker's until now."""
+    def take(self, sids: list[int], *, fresh: bool = False) -> None:
+        """Read these from here on: they are ours, placed here or another worker's until now.
+
+        Args:
+            sids: The connections.
+            fresh: Whether nobody had them before.
+
+        What has come already is served before the dispatcher watches: most short connections end
+        with that, and the kernel tells of what is there when watching begins.
+        """
         for sid in sids:
             if sid in self._connections:
                 continue
-            self._connections[sid] = Connection()
+            connection = self._connections[sid] = Connection()
+            failure = _GONE
+            ref = self._runtime.address(sid)
+            if ref is None:
+                del self._connections[sid]
+                continue
+            with ref:
+                self._look(ref, connection, fresh)
+                if ref.failed:
+                    failure = ref.error
             watched = False
             try:
                 watched = self._dispatcher.add_consumer(sid, self._readable, self._ended)
             except (OSError, ShmsockError) as error:  # the others must be taken all the same
                 log.error("%s cannot be read here: %s", format_socket_id(sid), error)
-                self._runtime.set_failed(sid, errno.EIO, "its worker could not watch it")
+                failure = errno.EIO, "its worker could not watch it"
+                self._runtime.set_failed(sid, *failure)
             if not watched:
-                del self._connections[sid]
-                continue
-            try:
-                self._resume(sid)
-            except Exception:  # likewise; what a protocol finds there is the application's
-                log.exception("%s cannot go on here", format_socket_id(sid))
-                self._runtime.set_failed(sid, errno.EPROTO, "its worker could not go on with it")
-            if self._draining:
+                self._end_unwatched(sid, *failure)
+            elif self._draining:
                 self._finish(sid)
 
-    def _resume(self, sid: int) -> None:
-        """Tell of it, and go on with what an earlier owner left in the user data."""
-        ref = self._runtime.address(sid)
-        if ref is None:
-            return
-        with ref:
+    def _look(self, ref: SocketRef, connection: Connection, fresh: bool) -> None:
+        """Tell of it, go on with what an earlier owner left, and serve what has come."""
+        try:
             if self._hooks is not None:
                 self._hooks.on_connect(ref)
-            user_data = ref.user_data
+            user_data = b"" if fresh else ref.user_data
             for protocol in self._protocols if user_data else ():
                 if protocol.resumes(user_data):
-                    self._connections[sid].session = protocol.open(ref)
-                    return
+                    connection.session = protocol.open(ref)
+                    break
+        except Exception:  # likewise; what a protocol finds there is the application's
+            log.exception("%s cannot go on here", format_socket_id(ref.id))
+            ref.set_failed(errno.EPROTO, "its worker could not go on with it")
+            return
+        # WHY NOT while connections move or end: what is offered, and comes back, needs a consumer.
+        if self._heir is None and not self._draining:
+            try:
+                self._serve(ref, True)
+            except PoisonedError:
+                raise
+            except Exception as error:  # as the dispatcher does
+                log.exception("a consumer raised; %s is failed", format_socket_id(ref.id))
+                ref.set_failed(errno.EIO, f"a consumer raised {type(error).__name__}")
+
+    def _end_unwatched(self, sid: int, code: int, text: str) -> None:
+        try:
+            self._ended(sid, code, text)
+        except PoisonedError:
+            raise
+        except Exception:  # as the dispatcher does
+            log.exception("a callback raised; the loop goes on")
 
     # -- reading --------------------------------------------------------------------------------
 
@@ -203,6 +235,8 @@ class Messenger:
 
     def _settle(self, ref: SocketRef, connection: Connection) -> None:
         """Say whether the connection is idle, and count its messages."""
+        if connection.closing and not ref.unwritten_bytes():
+            return  # it ends here and now, with this reference
         session = connection.session
         if session is not None:
             handled = session.messages()

@@ -19,6 +19,7 @@ from __future__ import annotations
 import base64
 import collections.abc
 import errno
+import functools
 import hashlib
 import html
 import ipaddress
@@ -58,6 +59,7 @@ _HTML_HEADERS = {
     # Not no-referrer: browsers would then send our own form with "Origin: null".
     "Referrer-Policy": "same-origin",
 }
+_ADDRESS_LENGTH = 64  # no IP address is longer, brackets and scope included
 _LINKS = ("/status", "/connections", "/sockets", "/health", "/metrics")
 
 
@@ -95,6 +97,14 @@ class Pages:
         self._name_of = name_of
         self._registry = prometheus_client.CollectorRegistry(auto_describe=False)
         self._registry.register(RuntimeCollector(rt))
+        self._pages: dict[str, collections.abc.Callable[[Request], Response]] = {
+            "/": self._index,
+            "/health": self._health_page,
+            "/status": self._status,
+            "/connections": self._connections,
+            "/sockets": self._sockets,
+            "/metrics": self._metrics,
+        }
 
     def __call__(self, request: Request, ref: SocketRef) -> Response:
         """Answer one request."""
@@ -111,15 +121,7 @@ class Pages:
             return _plain(503, str(error))
 
     def _route(self, request: Request) -> Response:
-        pages: dict[str, collections.abc.Callable[[Request], Response]] = {
-            "/": self._index,
-            "/health": self._health_page,
-            "/status": self._status,
-            "/connections": self._connections,
-            "/sockets": self._sockets,
-            "/metrics": self._metrics,
-        }
-        page = pages.get(request.path)
+        page = self._pages.get(request.path)
         if page:
             _check_method(request, "GET", "HEAD")
             return page(request)
@@ -415,6 +417,12 @@ def _is_loopback_host(host: str) -> bool:
 
 
 def _is_loopback(text: str) -> bool:
+    # What a client claims to be may be long, and is forgotten.
+    return _is_loopback_address(text) if len(text) <= _ADDRESS_LENGTH else False
+
+
+@functools.lru_cache(256)
+def _is_loopback_address(text: str) -> bool:
     bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     try:
         address = ipaddress.ip_address(bare)

@@ -22,6 +22,7 @@ import typing
 import shmsock
 from shmsock import Dispatcher, PoisonedError, Runtime, ShmsockError
 
+from .refusing import Refusing
 from .rolling import Rolling
 
 if typing.TYPE_CHECKING:
@@ -98,9 +99,7 @@ def start_over(supervisor: Supervisor) -> None:
     for child in supervisor.children:
         _kill(child)
     supervisor.children.clear()
-    for sock in supervisor._refused:
-        sock.close()
-    supervisor._refused.clear()
+    supervisor.refusing.close()
     supervisor._accepting = False
     # A signal is for the new dispatcher: the old one would never act on it.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -113,6 +112,7 @@ def start_over(supervisor: Supervisor) -> None:
         supervisor.runtime = Runtime.create(name, **sizes)
         supervisor.names_are_ours = True
         supervisor.dispatcher = Dispatcher(supervisor.runtime)
+        supervisor.refusing = Refusing(supervisor.dispatcher)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     supervisor.runtime.on_join(supervisor._joined)

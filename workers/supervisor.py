@@ -22,8 +22,6 @@ import socket
 import subprocess
 import time
 
-import numpy as np
-
 from shmsock import (
     Dispatcher,
     HostLostError,
@@ -34,18 +32,17 @@ from shmsock import (
 )
 
 from . import starting_over
+from .accepting import NOT_NOW, PAUSE_S, RAISE_LIMIT
 from .application import BUILT_IN, Settings, fresh_python
 from .listeners import Listener
+from .refusing import Refusing
 from .rolling import Rolling
 
 log = logging.getLogger("shmsock")
 
 ACCEPT_BATCH = 128
-PAUSE_S = 0.1  # out of descriptors: look away from the listeners
 RESERVED_FILES = 64, 4  # what the host needs besides clients: in all, and more for each worker
-REFUSE_AFTER_S = 0.25  # how long who is turned away may take to say what it speaks
-REFUSED_AT_ONCE = 32  # how many of those are waited for
-COUNT_FOR_S = 0.01  # how long a count of owned sockets is good for
+COUNT_FOR_S = 0.02  # how long a count of owned sockets is good for
 BACK_OFF_S = (0.1, 5.0)
 HEALTHY_AFTER_S = 5.0  # a worker that lived this long starts its back-off anew
 COLLECT_FOR_S = 3.0  # how long a new supervisor waits for the workers to come back
@@ -54,16 +51,6 @@ COLLECT_EVERY_S = 0.02
 LOST_AFTER_S = 5.0  # an orphan whose descriptor nobody has given us by then has none any more
 REPAIR_AGAIN_S = 0.002, 0.3  # how soon and how late a repair that another had is looked at again
 GIVE_UP_AFTER = 5  # deaths in a row before anything was ready
-
-
-_FULL_REPLY = b"-ERR max number of clients reached\r\n"
-_FULL_PAGE = (
-    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain\r\nConnection: close\r\n"
-    b"Retry-After: 1\r\nContent-Length: 30\r\n\r\nmax number of clients reached\n"
-)
-
-
-_RAISE_LIMIT = "others wait in the backlog; raise the open-files limit (ulimit -n)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +71,7 @@ class Config:
     on_owner_death: str = "rehome"
     application: str = BUILT_IN
     pool: int = 0
+    accept: str = "supervisor"
 
 
 @dataclasses.dataclass
@@ -137,8 +125,6 @@ class Supervisor:
         """
         self.config = config
         self.listeners: list[Listener] = []
-        self._refused: set[socket.socket] = set()
-        self._unplaced: list[socket.socket] = []  # accepted, but no worker was left
         early: list[int] = []
         for number in starting_over.STOP_SIGNALS:
             signal.signal(number, lambda number, _: early.append(number))
@@ -161,6 +147,7 @@ class Supervisor:
             self._tear_down()
             raise
         self.dispatcher = Dispatcher(self.runtime)
+        self.refusing = Refusing(self.dispatcher)
         for number in starting_over.STOP_SIGNALS:
             signal.signal(number, lambda *_: self.dispatcher.call_soon(self._stop_asked))
         if early:
@@ -171,7 +158,8 @@ class Supervisor:
         self.draining = False
         self._failures = 0  # deaths in a row of workers that never joined
         self._back_off_s = BACK_OFF_S[0]
-        self._loads = np.zeros(0, "i8")
+        self._loads: list[int] = []
+        self._in_use = 0
         self._counted_s = 0.0
         self._collects_until_s = 0.0
         self._told: set[str] = set()
@@ -208,6 +196,7 @@ class Supervisor:
             for child in self.children:
                 child.send_signal(signal.SIGKILL)
                 child.reap()
+            self.refusing.close()
             self._tear_down()
         return self.exit_code
 
@@ -303,10 +292,11 @@ class Supervisor:
         if self.draining or not self._ready():
             return
         self._counted_s = 0.0
+        self._count()
         for sid in self.runtime.orphans():
             if self.runtime.is_listener(sid):
                 continue
-            index = self._least_loaded()
+            index = self._least_loaded(self._ready())
             try:
                 if self.runtime.rehome(sid, index):
                     self._loads[index] += 1
@@ -334,8 +324,6 @@ class Supervisor:
     def _tear_down(self) -> None:
         for listener in self.listeners:
             listener.close()
-        for sock in [*self._refused, *self._unplaced]:
-            sock.close()
         self.runtime.close(unlink=self.names_are_ours)
 
     def _stop_asked(self) -> None:
@@ -377,6 +365,9 @@ class Supervisor:
             "password": config.password,
             "pages_remote": config.pages_remote,
             "max_connections": config.max_connections,
+            "accept": config.accept,
+            "keeps": self._keeps,
+            "on_owner_death": config.on_owner_death,
         }
         # A terminal's Ctrl-C reaches workers too: blocked until they ignore it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
@@ -418,7 +409,6 @@ class Supervisor:
         log.info("worker %d is process %d", child.pid, index)
         if not self.draining and self.listeners:
             self._start_accepting()
-            self._place_again()
             self.rehome()
             self._tell_ready()
         self.rolling.step()
@@ -511,7 +501,7 @@ class Supervisor:
     # -- accepting ------------------------------------------------------------------------------
 
     def _start_accepting(self) -> None:
-        if not self._accepting and not self.draining:
+        if self.config.accept == "supervisor" and not self._accepting and not self.draining:
             self._accepting = True
             for listener in self.listeners:
                 self.dispatcher.add_reader(
@@ -540,100 +530,62 @@ class Supervisor:
             log.error("%s", what)
 
     def _accept(self, listener: socket.socket) -> None:
-        """Accept a batch, place each connection, pass them on together."""
-        in_use = self.runtime.connections()
-        room = self.config.max_connections - in_use
-        if room > 0 and in_use >= self._keeps:
+        """Accept a batch, each for the least-loaded worker; pass them on together."""
+        ready = self._ready()
+        self._count()
+        room = self.config.max_connections - self._in_use
+        if room > 0 and self._in_use >= self._keeps:
             # Before the kernel says so: the workers' channels need some as well.
-            self._pause(f"no more than {self._keeps} connections: {_RAISE_LIMIT}")
+            self._pause(f"no more than {self._keeps} connections: {RAISE_LIMIT}")
             return
         placed: dict[int, list[int]] = {}
         try:
-            for _ in range(min(ACCEPT_BATCH, max(1, self._keeps - in_use))):
+            for _ in range(min(ACCEPT_BATCH, max(1, self._keeps - self._in_use))):
+                if self._in_use >= self.config.max_connections:
+                    self._turn_away(
+                        listener.accept()[0], f"--max-connections {self.config.max_connections}"
+                    )
+                    continue
+                index = self._least_loaded(ready)
+                if index < 0:
+                    self._stop_accepting()  # who waits is accepted when a worker has joined
+                    break
                 try:
-                    sock, _address = listener.accept()
-                except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                    break
-                except OSError as error:
-                    if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                        raise
-                    self._pause(f"cannot accept ({error.strerror}): {_RAISE_LIMIT}")
-                    break
-                if room <= 0:
-                    self._turn_away(sock, f"--max-connections {self.config.max_connections}")
-                elif self._place(sock, placed):
-                    room -= 1
-                if self._unplaced:
-                    break
+                    sid = self.runtime.accept(
+                        listener, owner=index, on_owner_death=self.config.on_owner_death
+                    )
+                except ValueError:  # reaped by another before we were told: whoever comes next
+                    ready.remove(index)
+                    continue
+                self._loads[index] += 1
+                self._in_use += 1
+                placed.setdefault(index, []).append(sid)
+        except TableFullError as error:
+            if error.sock is not None:
+                self._turn_away(error.sock, f"--slots {self.runtime.slots}")
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            pass
+        except OSError as error:
+            if error.errno not in NOT_NOW:
+                raise
+            self._pause(f"cannot accept ({error.strerror}): {RAISE_LIMIT}")
         finally:
             for index, sids in placed.items():
                 self.runtime.pass_to(index, sids)
 
-    def _place(self, sock: socket.socket, placed: dict[int, list[int]]) -> bool:
-        """Make an accepted connection a Socket of the least-loaded worker; note it in ``placed``.
-
-        A worker may have died and been reaped by another before we are told. With none left what
-        was accepted is kept until one has joined.
-        """
-        for _ in self._ready():
-            index = self._least_loaded()
-            try:
-                sid = self.runtime.create_socket(
-                    sock, owner=index, on_owner_death=self.config.on_owner_death
-                )
-            except ValueError:
-                self._loads[index] = np.iinfo("i8").max  # dead: whoever comes next
-                continue
-            except TableFullError:
-                self._turn_away(sock, f"--slots {self.runtime.slots}")
-                return False
-            except OSError:  # gone before we looked
-                sock.close()
-                return False
-            self._loads[index] += 1
-            placed.setdefault(index, []).append(sid)
-            return True
-        self._unplaced.append(sock)
-        self._stop_accepting()
-        return False
-
-    def _place_again(self) -> None:
-        """What was accepted when no worker was left, now that one has joined."""
-        placed: dict[int, list[int]] = {}
-        unplaced, self._unplaced = self._unplaced, []
-        for sock in unplaced:
-            self._place(sock, placed)
-        for index, sids in placed.items():
-            self.runtime.pass_to(index, sids)
-
-    def _least_loaded(self) -> int:
-        """The live worker that owns the fewest sockets: an argmin over the table's owners."""
+    def _count(self) -> None:
+        """Now and then, or when there seems to be no room, count who owns how many."""
         now = time.monotonic()
-        if now - self._counted_s > COUNT_FOR_S:
-            self._loads = self.runtime.owned_counts()
+        most = min(self.config.max_connections, self._keeps)
+        if now - self._counted_s > COUNT_FOR_S or self._in_use >= most:
             self._counted_s = now
-        ready = np.array(self._ready())
-        return int(ready[np.argmin(self._loads[ready])])
+            self._loads = self.runtime.owned_counts().tolist()
+            self._in_use = self.runtime.connections()
+
+    def _least_loaded(self, ready: list[int]) -> int:
+        """The worker that owns the fewest sockets, of those that are ready; -1 if none is."""
+        return min(ready, key=self._loads.__getitem__, default=-1)
 
     def _turn_away(self, sock: socket.socket, limit: str) -> None:
-        """Tell a client that there is no room, once it has said what it speaks."""
         self._tell_once(f"full: connections are turned away at {limit}")
-        sock.setblocking(False)
-        self._refused.add(sock)
-        if len(self._refused) > REFUSED_AT_ONCE:
-            self._refuse(sock)
-            return
-        self.dispatcher.add_reader(sock.fileno(), functools.partial(self._refuse, sock))
-        self.dispatcher.call_later(REFUSE_AFTER_S, functools.partial(self._refuse, sock))
-
-    def _refuse(self, sock: socket.socket) -> None:
-        if sock not in self._refused:
-            return
-        self._refused.discard(sock)
-        self.dispatcher.remove_reader(sock.fileno())
-        with sock, contextlib.suppress(OSError):
-            head = b""
-            with contextlib.suppress(BlockingIOError):
-                head = sock.recv(64 << 10)
-            sock.send(_FULL_PAGE if b" HTTP/1." in head else _FULL_REPLY, socket.MSG_NOSIGNAL)
-            sock.shutdown(socket.SHUT_WR)
+        self.refusing.turn_away(sock)

@@ -8,14 +8,17 @@ the supervisor's to handle: a terminal sends it to the whole foreground group.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import signal
 import sys
+import time
 
 from shmsock import Dispatcher, PoisonedError, Runtime
 from shmsock.pool import ProcessPoolExecutor
 
+from .accepting import Accepting
 from .application import Application, ApplicationError, Context, Settings, load
 from .leaving import Leaving
 from .messenger import Messenger
@@ -23,6 +26,7 @@ from .messenger import Messenger
 log = logging.getLogger("shmsock")
 
 _DRAIN_LOOK_S = 0.05
+_HEALTH_FOR_S = 0.05  # how long an answer of the kernel is good for
 
 
 class Worker:
@@ -36,6 +40,7 @@ class Worker:
         self._draining = False
         count = settings["pool"]
         self.pool = ProcessPoolExecutor(name, count) if count else None
+        self._asked_s, self._host_alive = 0.0, False
         context = Context(
             runtime=self.runtime,
             dispatcher=self.dispatcher,
@@ -48,11 +53,24 @@ class Worker:
         protocols = application.protocols(context)
         self.messenger = Messenger(self.runtime, self.dispatcher, protocols, application)
         self.leaving = Leaving(self.runtime, self.dispatcher, self.messenger)
+        self.accepting: Accepting | None = None
+        if settings["accept"] == "workers":
+            self.accepting = Accepting(
+                self.runtime,
+                self.dispatcher,
+                self.messenger,
+                max_connections=settings["max_connections"],
+                keeps=settings["keeps"],
+                on_owner_death=settings["on_owner_death"],
+            )
 
     def _health(self) -> str | None:
         if self._draining:
             return "this worker is draining"
-        return None if self.runtime.host_alive() else "the supervisor is gone"
+        now = time.monotonic()
+        if now - self._asked_s > _HEALTH_FOR_S:
+            self._asked_s, self._host_alive = now, self.runtime.host_alive()
+        return None if self._host_alive else "the supervisor is gone"
 
     def run(self) -> int:
         """Serve until drained; returns the exit code: 1 when the runtime is poisoned."""
@@ -60,11 +78,15 @@ class Worker:
         # A terminal that closes sends it too: it only makes us look.
         signal.signal(signal.SIGHUP, lambda *_: self.dispatcher.call_soon(self.leaving.look))
         code = 0
+        gc.collect()
+        gc.freeze()  # what was imported stays, and need not be looked at again and again
         try:
             self.dispatcher.run()
         except PoisonedError as error:
             log.critical("process %d ends: %s", self.runtime.index, error)
             code = 1
+        if self.accepting is not None:
+            self.accepting.close()
         try:
             self.application.on_shutdown()
         except Exception:
@@ -81,6 +103,8 @@ class Worker:
         if not self._draining:
             self._draining = True
             log.info("process %d drains %d connections", self.runtime.index, len(self.messenger))
+            if self.accepting is not None:
+                self.accepting.close()
             self.messenger.drain()
             self._stop_when_drained()
 

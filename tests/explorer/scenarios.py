@@ -218,7 +218,7 @@ def descriptors(world: World) -> Check:
     cache: typing.Any = Descriptors(*anything)
     cache._entries = Private(world, "descriptor")
     number: typing.Any = Number(world, SID)
-    cache.keep(SID, number)
+    cache.keep(SID, number.fileno(), SID)._sock = number
 
     def send(actor: Actor) -> None:
         reference = actor.address(SID, True)
