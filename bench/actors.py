@@ -7,11 +7,9 @@ input ends.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 import typing
@@ -20,6 +18,7 @@ import redis
 
 import shmsock
 
+from . import programs
 from .push import CHANNEL, FORWARDED, MESSAGE_BYTES, STAMP
 
 _PADDING = bytes(MESSAGE_BYTES - STAMP.size)
@@ -234,11 +233,7 @@ class Actor:
 
 def main() -> None:
     with contextlib.ExitStack() as stack:
-        actor = Actor(stack)
-        for line in sys.stdin:
-            request = json.loads(line)
-            answer = getattr(actor, request.pop("do"))(**request)
-            print(json.dumps(answer), flush=True)
+        programs.obey(Actor(stack))
 
 
 if __name__ == "__main__":

@@ -221,7 +221,7 @@ def _wait_for_redis(process: subprocess.Popen[bytes], port: int) -> None:
 
 
 class Actor:
-    """A process of ``bench.actors``: takes one JSON line, answers with one. Ends with its input."""
+    """A process that ``obey``s: takes one JSON line, answers with one. Ends with its input."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         """Made by ``actor``."""
@@ -254,14 +254,22 @@ class Actor:
 
 
 @contextlib.contextmanager
-def actor(*pass_fds: int, engine: str = "") -> typing.Iterator[Actor]:
+def actor(*pass_fds: int, engine: str = "", module: str = "bench.actors") -> typing.Iterator[Actor]:
     """Start one, with these descriptors under the same numbers, and, if named, that engine."""
     environment = {"SHMSOCK_ENGINE": engine} if engine else {}
     with _started(
-        [sys.executable, "-m", "bench.actors"],
+        [sys.executable, "-m", module],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         pass_fds=pass_fds,
         env={**os.environ, **environment},
     ) as process:
         yield Actor(process)
+
+
+def obey(actor: object) -> None:
+    """What an actor's process does: calls the methods it is asked for, until its input ends."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = getattr(actor, request.pop("do"))(**request)
+        print(json.dumps(answer), flush=True)

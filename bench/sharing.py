@@ -18,7 +18,6 @@ import multiprocessing.connection
 import multiprocessing.managers
 import os
 import signal
-import tempfile
 import time
 import timeit
 import typing
@@ -65,7 +64,6 @@ class Peers:
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         """Everything is closed with the stack."""
-        enter = stack.enter_context
         self._semaphore = posix_ipc.Semaphore(
             f"/bench-shmsock.{os.getpid()}", posix_ipc.O_CREX, mode=0o600, initial_value=1
         )
@@ -74,20 +72,24 @@ class Peers:
         self._shared = mmap.mmap(-1, mmap.PAGESIZE)
         self._words = np.frombuffer(self._shared, np.uint64)
         self._value = multiprocessing.Value("Q", 0)
-        self._file = enter(tempfile.TemporaryFile())
-        self._library = enter(native.library())
+        self._file = os.memfd_create("bench-shmsock")
+        stack.callback(os.close, self._file)
+        self._library = stack.enter_context(native.library())
         # ORDER: before the members, whose pipes its server process would keep open.
-        self._manager = enter(Manager(ctx=_fork))
+        self._manager = stack.enter_context(Manager(ctx=_fork))
         self._counter = self._manager.Counter()  # type: ignore[attr-defined]
 
     def ways(self) -> dict[str, Chunk]:
         """For one process, after the fork."""
         words = {"words": self._words, "one": np.uint64(1)}
         lock = {"acquire": self._semaphore.acquire, "release": self._semaphore.release}
-        # A lock of this process's own is another open file description; lockf asks for the process.
-        fd = os.dup(self._file.fileno())
-        region = {"lockf": fcntl.lockf, "fd": fd, "take": fcntl.LOCK_EX, "give": fcntl.LOCK_UN}
-        value = {"lock": self._value.get_lock(), "value": self._value}
+        region = {
+            "lockf": fcntl.lockf,
+            "fd": self._file,
+            "take": fcntl.LOCK_EX,
+            "give": fcntl.LOCK_UN,
+        }
+        value: dict[str, object] = {"lock": self._value.get_lock(), "value": self._value}
         ways = {
             "numpy word under posix_ipc semaphore": _statement(
                 "acquire(); words[3] += one; release()", {**lock, **words}
