@@ -38,6 +38,7 @@ class Giver:
         stack.enter_context(self._ours)
         stack.enter_context(theirs)
         self._sids: list[int] = []
+        self._peers: list[socket.socket] = []
         multiprocessing.current_process().authkey = _KEY
 
     def host(self, name: str) -> None:
@@ -51,9 +52,10 @@ class Giver:
         assert self._runtime is not None
         while self._sids:
             self._runtime.set_failed(self._sids.pop())
+            self._peers.pop().close()
         for _ in range(count):
             ours, theirs = socket.socketpair()
-            theirs.close()
+            self._peers.append(theirs)  # open: the end of a connection is somebody else's bench
             self._sids.append(self._runtime.create_socket(ours))
         return self._sids
 
