@@ -62,11 +62,13 @@ class Queue:
         messages: Whole messages; the first may have been sent in part.
         turn: Whether this process has the write turn.
         partial: Whether the first message is under way.
+        full: Whether the kernel takes no more, until it says so.
         stream: Whether messages may share a send; None until it is known.
     """
 
     __slots__ = (
         "back_off_s",
+        "full",
         "messages",
         "partial",
         "pumping",
@@ -83,6 +85,7 @@ class Queue:
         self.messages: collections.deque[memoryview] = collections.deque()
         self.turn = False
         self.partial = False
+        self.full = False
         self.pumping = False
         self.retrying = False
         self.stream: bool | None = None
@@ -134,6 +137,7 @@ class Writers:
             buffers = (b"".join(buffers),)
         entry = self._entry(reference)
         if sid in self._queues and self._append(sid, buffers):
+            self._press(sid)
             return
         try:
             for _ in range(_TRIES):
@@ -274,6 +278,16 @@ class Writers:
             queue.unwritten += len(message)
         return True
 
+    def _press(self, sid: int) -> None:
+        """Send of what waits here, if nothing but another process's turn was in the way.
+
+        WHY NOT leave it to the timer: its thread gets the GIL from a writer that goes on writing
+        once in a switch interval, and sends one batch; the queue would only grow.
+        """
+        queue = self._queues.get(sid)
+        if queue is not None and not (queue.full or queue.partial or queue.pumping):
+            self.pump(sid)
+
     def _bound(self, queue: Queue, more_bytes: int) -> None:
         if queue.unwritten + more_bytes > self.max_unwritten_bytes:
             raise OverCrowdedError(
@@ -333,6 +347,7 @@ class Writers:
         if queue is None:
             return
         queue.back_off_s = _BACK_OFF_S[0]
+        queue.full = False
         self.pump(sid)
 
     def pump(self, sid: int) -> bool | None:
@@ -386,6 +401,7 @@ class Writers:
             queue.stream = kind == socket.SOCK_STREAM
         batch, size = self._batch(queue)
         sent = self._send(entry, sid, batch)
+        queue.full = sent < size
         finished = self._consume(queue, batch, sent)
         self._count(sid, sent, finished)
         if queue.partial:  # keep the turn until the rest is out
