@@ -167,7 +167,11 @@ def _small(plan: Plan, kind: str, runtime: shmsock.Runtime, other: int) -> list[
             for _ in range(_A_TURN):
                 write(_SMALL)
 
-        turn = {"soon": dispatcher.call_soon, "turn": dispatcher.run_once, "ten": ten_writes}
+        turn: dict[str, object] = {
+            "soon": dispatcher.call_soon,
+            "turn": dispatcher.run_once,
+            "ten": ten_writes,
+        }
         ten = {"send": send, "message": _SMALL, "ten": range(_A_TURN)}
         ten_sends = "for _ in ten: send(message)"
         one = {"sendmsg": sendmsg, "ten": [_SMALL] * _A_TURN}

@@ -9,6 +9,7 @@
  *     _references.h      counting: address, dereference, finalisers
  *     _transitions.h     the transitions as methods
  *     _writing.h         the write that nothing stands in the way of
+ *     _collecting.h      what is written in one turn of the loop, until its end
  *     _reference_type.h  the reference type
  *     here               the engine's life, and the module
  *
@@ -196,6 +197,7 @@ Engine_dealloc(Engine *self)
     free(self->handles);
     free(self->count);
     free(self->descriptors);
+    free(self->collected);
     free(self->pending);
     Py_XDECREF(OBJECT(self->lock));
     if (self->view.obj != NULL)
@@ -257,6 +259,10 @@ static PyMethodDef Engine_methods[] = {
     {"set_descriptor", (PyCFunction)Engine_set_descriptor, METH_VARARGS, NULL},
     {"set_direct_limit", (PyCFunction)Engine_set_direct_limit, METH_O, NULL},
     {"set_queued", (PyCFunction)Engine_set_queued, METH_VARARGS, NULL},
+    {"begin_turn", (PyCFunction)Engine_begin_turn, METH_NOARGS, NULL},
+    {"end_turn", (PyCFunction)Engine_end_turn, METH_NOARGS, NULL},
+    {"send_collected", (PyCFunction)Engine_send_collected, METH_O, NULL},
+    {"send_all_collected", (PyCFunction)Engine_send_all_collected, METH_NOARGS, NULL},
     {"is_live", (PyCFunction)Engine_is_live, METH_O, NULL},
     {"count", (PyCFunction)Engine_count, METH_O, NULL},
     {"held_slots", (PyCFunction)Engine_held_slots, METH_NOARGS, NULL},

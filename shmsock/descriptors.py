@@ -58,11 +58,12 @@ class Entry:
         sock: The number, wrapped without asking the kernel what it is.
         used_ns: When it was last used.
         pollers: The epolls it is registered in, which must forget it before it is closed.
+        stream: Whether several messages may share a send; None until somebody asked.
         told: Whether this process knows that the socket is its own: created here, or passed. Who
             becomes the owner of one that it had only written to is still to be told.
     """
 
-    __slots__ = ("fd", "inode", "pollers", "put", "sid", "sock", "told", "used_ns")
+    __slots__ = ("fd", "inode", "pollers", "put", "sid", "sock", "stream", "told", "used_ns")
 
     def __init__(self, sid: int, sock: socket.socket) -> None:
         """A fresh entry, in no epoll."""
@@ -74,6 +75,7 @@ class Entry:
         self.pollers: list[collections.abc.Callable[[int], None]] = []
         self.put = False  # whether the host has it, if it should
         self.told = False
+        self.stream: bool | None = None
 
 
 def wrap(fd: int) -> socket.socket:

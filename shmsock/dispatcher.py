@@ -257,7 +257,9 @@ class Dispatcher:
         if not adopted:
             self._service.ensure()
         try:
-            self._run_batch(self._poll(timeout_s), adopted)
+            events = self._poll(timeout_s)
+            with self._runtime._writers.turn:
+                self._run_batch(events, adopted)
         except BaseException:
             # Edges were taken from the kernel that it will not report again: a signal handler's
             # exception may strike between any two lines. So everybody is asked once more.

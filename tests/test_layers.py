@@ -36,15 +36,16 @@ RANK = {
     "service": 1,
     "store": 8,
     "descriptors": 9,
-    "writing": 10,
-    "socket": 11,
-    "dispatcher": 12,
-    "handover": 12,
+    "collecting": 10,
+    "writing": 11,
+    "socket": 12,
+    "dispatcher": 13,
+    "handover": 13,
     "globs": 0,
     "group_store": 1,
-    "groups": 12,
-    "runtime": 13,
-    "__init__": 14,
+    "groups": 13,
+    "runtime": 14,
+    "__init__": 15,
 }
 
 PUBLIC_SUBMODULES = {"groups"}
