@@ -17,14 +17,26 @@ import traceback
 import types
 import typing
 
-from . import convoy, deaths, environment, fetch, push, references, requests, sharing, table, write
+from . import (
+    convoy,
+    deaths,
+    environment,
+    fanout,
+    fetch,
+    push,
+    references,
+    requests,
+    sharing,
+    table,
+    write,
+)
 from .measure import Bench, BrokenError, Plan, UnavailableError
 
 OK, FAILED, USAGE = 0, 1, 2
 FORMAT = 1  # of the JSON
 BENCHES: dict[str, Bench] = {
     bench.name: bench
-    for module in (references, fetch, write, sharing, convoy, push, requests, deaths)
+    for module in (references, fetch, write, sharing, convoy, push, fanout, requests, deaths)
     for bench in module.BENCHES
 }
 _QUICK = Plan(seconds=0.1, rounds=2)

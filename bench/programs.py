@@ -108,6 +108,14 @@ class Server(typing.NamedTuple):
         return sum(sum(map(int, _stat(pid)[11:13])) for pid in self.processes())
 
 
+def cpu_ns(pids: typing.Iterable[int]) -> int:
+    """User and system time of these processes until now, to the nanosecond.
+
+    A process's processor clock has a number made of its pid: clock_getcpuclockid(3).
+    """
+    return sum(time.clock_gettime_ns(~pid << 3 | 2) for pid in pids)
+
+
 def _stat(pid: int) -> list[str]:
     """The fields of /proc/<pid>/stat from the third on: state, ppid, ...; utime is [11]."""
     with open(f"/proc/{pid}/stat") as file:

@@ -2,7 +2,8 @@
 
 The Python engine's half; the C engine does the same inside (_collecting.h, which says what must
 hold). A message is kept under its socket's id, with a reference, until the turn ends or something
-wants it sent: an ``unwritten_bytes``, a ``flush``, a ``set_failed``, a longer message.
+wants it sent: an ``unwritten_bytes``, a ``flush``, a ``set_failed``, a longer message, or the owner
+who says that it is not ``busy`` any more.
 """
 
 from __future__ import annotations

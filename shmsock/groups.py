@@ -30,6 +30,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import struct
 import typing
 
 from . import group_store
@@ -249,20 +250,21 @@ class Groups:
         """
         key = _key(_bytes(name))
         values = self._read(lambda txn, opened: _values(txn, opened.members, key))
-        sids = [int.from_bytes(value, "big") for value in values]
+        sids = list(struct.unpack(f">{len(values)}Q", b"".join(values)))
         if self._fetch is not None and sids:
             with contextlib.suppress(OSError, DescriptorError):  # then one by one, as they come
                 self._fetch(sids)
         taken, crowded, unreachable = 0, 0, []
         stale: list[tuple[bytes, bytes]] = []
+        address = self._address
         for sid, value in zip(sids, values, strict=True):
+            reference = None
             try:
-                reference = self._address(sid)
+                reference = address(sid)
                 if reference is None:
                     stale.append((key, value))
                     continue
-                with contextlib.closing(reference):
-                    reference.write(*buffers)
+                reference.write(*buffers)
                 taken += 1
             except OverCrowdedError:
                 crowded += 1
@@ -272,6 +274,9 @@ class Groups:
                 pass
             except (OSError, DescriptorError) as error:
                 unreachable.append(error)
+            finally:
+                if reference is not None:
+                    reference.close()
         if crowded:
             log.warning("group %r: %d members read too slowly and missed one", name, crowded)
         if unreachable:

@@ -152,7 +152,11 @@ class SocketRef(Reference):
 
     @busy.setter
     def busy(self, busy: bool) -> None:
-        self._io.open_segment().cells.busy[self.id & SLOT_MASK] = busy
+        io = self._io
+        segment = io.open_segment()
+        if not busy:  # ORDER: the answers are out before anybody may take it for idle
+            io.writers.turns.send_collected(self.id)
+        segment.cells.busy[self.id & SLOT_MASK] = busy
 
     def count_messages(self, count: int) -> None:
         """Add to the statistics of messages read; the owner's to call."""

@@ -162,6 +162,19 @@ def test_flush_and_unwritten_bytes_send_what_this_turn_has_kept(
     assert client.has_read() == b""
 
 
+def test_who_is_not_busy_any_more_has_sent_its_answer(
+    dispatcher: shmsock.Dispatcher, client: Client
+) -> None:
+    def answer() -> None:
+        client.reference.busy = True
+        client.reference.write(b"answer")
+        assert client.has_read() == b""
+        client.reference.busy = False
+        assert client.read(6) == b"answer"
+
+    turn(dispatcher, answer)
+
+
 def test_another_threads_message_comes_behind_what_was_written_before_it(
     dispatcher: shmsock.Dispatcher, client: Client
 ) -> None:
