@@ -63,12 +63,14 @@ class Measure:
         unit: Of the samples.
         better: "lower" or "higher".
         samples: By contestant; equally many of each, in the order of the rounds.
+        curves: By contestant: ``quantiles`` of everything that was timed, where that is kept.
     """
 
     name: str
     unit: str
     better: str
     samples: dict[str, list[float]]
+    curves: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse what could not be compared."""
@@ -108,7 +110,14 @@ class Measure:
             "samples": self.samples,
             "medians": {name: self.median(name) for name in self.samples},
             "ratios": [dataclasses.asdict(ratio) for ratio in self.ratios()],
+            **({"curves": self.curves} if self.curves else {}),
         }
+
+
+def quantiles(values: collections.abc.Sequence[float]) -> list[float]:
+    """The 0.5 %, 1 %, ... 99.5 % of them: a distribution in 199 numbers, for a plot."""
+    cuts = statistics.quantiles(values, n=200, method="inclusive")
+    return [float(f"{cut:.5g}") for cut in cuts]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ def render(run: Json) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
     lines = [_line(row, widths) for row in rows]
     lines.insert(1, _line(tuple("-" * width for width in widths), widths))
-    return "\n".join([_setting(run), "", *lines])
+    return "\n".join([setting(run), "", *lines])
 
 
 def _rows(measure: Json) -> list[tuple[str, ...]]:
@@ -42,7 +42,8 @@ def _rows(measure: Json) -> list[tuple[str, ...]]:
     ]
 
 
-def _setting(run: Json) -> str:
+def setting(run: Json) -> str:
+    """Machine, load, versions, engine, commit and how long: one line."""
     environment, settings = run["environment"], run["settings"]
     commit = (environment["commit"] or "no commit")[:8]
     dirty = " with changes" if environment["uncommitted_changes"] else ""
