@@ -68,7 +68,7 @@ def main(arguments: collections.abc.Sequence[str] | None = None) -> int:
     if options.show is not None:
         return _show(options.show)
     if options.plot is not None:
-        return _plot(options.plot)
+        return _plot(options.plot, options.pictures)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stopped)
     run, problems = _run(options)
@@ -127,7 +127,13 @@ def _parser() -> argparse.ArgumentParser:
         help="also write every sample to FILE, or to bench/results/<date>-<commit>[-changed].json",
     )
     add("--show", metavar="FILE", help="print the table of an earlier run's JSON and stop")
-    add("--plot", metavar="FILE", help="draw an earlier run's JSON into docs/pictures and stop")
+    add("--plot", metavar="FILE", help="draw an earlier run's JSON and stop")
+    add(
+        "--pictures",
+        metavar="DIRECTORY",
+        default=os.path.join(environment.REPOSITORY, plot.PICTURES),
+        help=f"where --plot puts what it draws (default {plot.PICTURES})",
+    )
     return parser
 
 
@@ -205,10 +211,10 @@ def _show(path: str) -> int:
     return OK
 
 
-def _plot(path: str) -> int:
+def _plot(path: str, directory: str) -> int:
     try:
         with open(path) as file:
-            drawn = plot.draw(json.load(file), os.path.join(environment.REPOSITORY, plot.PICTURES))
+            drawn = plot.draw(json.load(file), directory)
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"bench: {path} is no result of this bench: {error}", file=sys.stderr)
         return FAILED

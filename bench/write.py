@@ -54,6 +54,11 @@ class Other:
         self._runtime = self._stack.enter_context(shmsock.Runtime.attach(name))
         return self._runtime.index
 
+    def close(self, fds: list[int]) -> None:
+        """Close what is another one's to use."""
+        for fd in fds:
+            os.close(fd)
+
     def drain(self, fds: list[int]) -> None:
         """Read these to their ends, all the time."""
         for fd in fds:
@@ -189,19 +194,22 @@ def _small(plan: Plan, kind: str, runtime: shmsock.Runtime, other: int) -> list[
     ]
 
 
-def _large(plan: Plan, kind: str, runtime: shmsock.Runtime) -> Measure:
+# Ours, its peer's end, a plain one, and its peer's.
+Ends = tuple[socket.socket, socket.socket, socket.socket, socket.socket]
+
+
+def _large(
+    plan: Plan, kind: str, runtime: shmsock.Runtime, ends: Ends, reader: programs.Actor
+) -> Measure:
+    ours, ours_read, plain, plain_read = ends
     with contextlib.ExitStack() as stack:
-        ours, ours_read = _connected(kind)
-        plain, plain_read = _connected(kind)
         sid = runtime.create_socket(ours)
         stack.callback(runtime.set_failed, sid, errno.ECONNABORTED, "")
         held = runtime.address(sid)
         assert held is not None
-        numbers = [ours_read.fileno(), plain_read.fileno()]
-        reader = stack.enter_context(programs.actor(*numbers, module="bench.write"))
-        stack.enter_context(plain)  # ORDER: closed first, which ends the reader's threads
+        stack.enter_context(plain)
         stack.enter_context(held)
-        reader.ask("drain", fds=numbers)
+        reader.ask("drain", fds=[ours_read.fileno(), plain_read.fileno()])
         ours_read.close()
         plain_read.close()
         write, flush, sendall = held.write, held.flush, plain.sendall
@@ -219,24 +227,17 @@ def _large(plan: Plan, kind: str, runtime: shmsock.Runtime) -> Measure:
 # -- several writers ----------------------------------------------------------------------------
 
 
-def _together(plan: Plan, runtime: shmsock.Runtime) -> list[Measure]:
+def _together(
+    plan: Plan, runtime: shmsock.Runtime, ends: Ends, lock: int, writers: list[programs.Actor]
+) -> list[Measure]:
     """Four processes write to one socket as fast as it takes them."""
     letters = "abcdefgh"[:WRITERS]
+    ours, ours_read, plain, plain_read = ends
     with contextlib.ExitStack() as stack:
-        ours, ours_read = _connected("tcp")
         sid = runtime.create_socket(ours)
         stack.callback(runtime.set_failed, sid, errno.ECONNABORTED, "")
-        plain, plain_read = (stack.enter_context(sock) for sock in _connected("tcp"))
-        stack.enter_context(ours_read)
-        lock = os.memfd_create("bench-shmsock")
-        stack.callback(os.close, lock)
-        numbers = plain.fileno(), lock
-        writers = [
-            stack.enter_context(programs.actor(*numbers, module="bench.write"))
-            for _ in range(WRITERS)
-        ]
-        for writer in writers:
-            writer.ask("come", name=runtime.name)
+        for sock in (plain, plain_read, ours_read):
+            stack.enter_context(sock)
 
         def sampler(peer: socket.socket, do: str, **arguments: int) -> Sampler:
             def sample() -> dict[str, float]:
@@ -291,11 +292,23 @@ def _write(plan: Plan) -> list[Measure]:
         runtime = stack.enter_context(
             shmsock.Runtime.create(name, slots=64, processes=16, stripes=8)
         )
-        other = stack.enter_context(programs.actor(module="bench.write")).ask("come", name=name)
+        lock = os.memfd_create("bench-shmsock")
+        stack.callback(os.close, lock)
+        together, *large = ((*_connected(kind), *_connected(kind)) for kind in ("tcp", *KINDS))
+        numbers = [lock, together[2].fileno()]
+        numbers += [ends[at].fileno() for ends in large for at in (1, 3)]
+        others = [
+            stack.enter_context(programs.actor(*numbers, module="bench.write"))
+            for _ in range(WRITERS)
+        ]
+        indexes = [other.ask("come", name=name) for other in others]
+        for other in others[1:]:  # whose ends the first one alone will read
+            other.ask("close", fds=numbers[2:])
         gc.collect()
-        measures = [each for kind in KINDS for each in _small(plan, kind, runtime, other)]
-        measures += [_large(plan, kind, runtime) for kind in KINDS]
-        return measures + _together(plan, runtime)
+        measures = [each for kind in KINDS for each in _small(plan, kind, runtime, indexes[0])]
+        for kind, ends in zip(KINDS, large, strict=True):
+            measures.append(_large(plan, kind, runtime, ends, others[0]))
+        return measures + _together(plan, runtime, together, lock, others)
 
 
 BENCHES = (
