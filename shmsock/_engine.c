@@ -10,6 +10,7 @@
  *     _transitions.h     the transitions as methods
  *     _writing.h         the write that nothing stands in the way of
  *     _collecting.h      what is written in one turn of the loop, until its end
+ *     _broadcast.h       one message to many
  *     _reference_type.h  the reference type
  *     here               the engine's life, and the module
  *
@@ -31,6 +32,7 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
+#include "_broadcast.h"
 #include "_local_lock.h"
 #include "_objects.h"
 #include "_reference_type.h"
@@ -259,6 +261,7 @@ static PyMethodDef Engine_methods[] = {
     {"set_descriptor", (PyCFunction)Engine_set_descriptor, METH_VARARGS, NULL},
     {"set_direct_limit", (PyCFunction)Engine_set_direct_limit, METH_O, NULL},
     {"set_queued", (PyCFunction)Engine_set_queued, METH_VARARGS, NULL},
+    {"write_to_all", (PyCFunction)Engine_write_to_all, METH_VARARGS, NULL},
     {"begin_turn", (PyCFunction)Engine_begin_turn, METH_NOARGS, NULL},
     {"end_turn", (PyCFunction)Engine_end_turn, METH_NOARGS, NULL},
     {"send_collected", (PyCFunction)Engine_send_collected, METH_O, NULL},

@@ -266,6 +266,7 @@ class Dispatcher:
             self.data_only = False
             self._again.extend(self._consumers.values())
             self._wake()
+            self._runtime._writers.turns.end_turn()  # once more: the end itself may be what failed
             raise
 
     def _poll(self, timeout_s: float) -> list[tuple[int, int]]:

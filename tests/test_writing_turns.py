@@ -54,7 +54,9 @@ class Client:
 
     def has_read(self) -> bytes:
         """What there is, without waiting."""
-        return self.peer.recv(1 << 20) if select.select([self.peer], [], [], 0)[0] else b""
+        poll = select.poll()
+        poll.register(self.peer, select.POLLIN)
+        return self.peer.recv(1 << 20) if poll.poll(0) else b""
 
 
 @pytest.fixture
@@ -373,3 +375,60 @@ def test_a_megabyte_is_queued_without_being_copied(runtime: shmsock.Runtime) -> 
         assert peak < 100_000
         assert client.read(len(message)) == message
         client.reference.close()
+
+
+# -- to many ------------------------------------------------------------------------------------
+
+
+def test_a_broadcast_reaches_everybody_whatever_stands_in_the_way_of_some(name: str) -> None:
+    with shmsock.Runtime.create(
+        name, slots=1024, processes=8, stripes=4, max_unwritten_bytes=100_000
+    ) as runtime:
+        groups = runtime.groups
+        clients = [Client(runtime, "unix", 4608) for _ in range(400)]  # more than one piece
+        for client in clients:
+            client.reference.close()
+            assert groups.add("news", client.sid)
+        failed, crowded, waiting = clients[3], clients[5], clients[300]
+        runtime.set_failed(failed.sid)
+        with runtime.address(crowded.sid) as reference:  # type: ignore[union-attr]
+            reference.write(b"c" * 100_000)
+            with contextlib.suppress(shmsock.OverCrowdedError):
+                while True:  # the kernel took some of it: there is room
+                    reference.write(b"c")
+        with runtime.address(waiting.sid) as reference:  # type: ignore[union-attr]
+            reference.write(b"w" * 50_000)
+        assert groups.broadcast("news", b"the ", bytearray(b"news")) == 398
+        with contextlib.ExitStack() as stack:
+            for client in clients:
+                stack.enter_context(client.peer)
+            for client in clients:
+                if client not in (failed, crowded, waiting):
+                    assert client.read(8) == b"the news"
+                    assert client.has_read() == b""
+            assert read_to_end(failed.peer) == b""
+            assert waiting.read(50_008) == b"w" * 50_000 + b"the news"
+            assert groups.count("news") == 399
+            with Peer(name) as other:  # which has no descriptor of any of them yet
+                # There is room for the crowded one in this process: what waits is each one's own.
+                assert other.ask("rt.groups.broadcast('news', b'more')") == 399
+            for client in clients:
+                if client not in (failed, crowded):
+                    assert client.read(4) == b"more"
+            with runtime.address(crowded.sid) as reference:  # type: ignore[union-attr]
+                assert set(crowded.read(100_000)) == set(b"c")
+                assert reference.flush(WATCHDOG_S)
+
+
+def test_a_broadcast_of_a_closed_runtime_is_refused(name: str) -> None:
+    with shmsock.Runtime.create(name, slots=16, stripes=2) as runtime:
+        groups, client = runtime.groups, Client(runtime)
+        with client.peer:
+            client.reference.close()
+            groups.add("news", client.sid)
+            runtime._engine.closed = True
+            with pytest.raises(shmsock.ClosedError):
+                groups.broadcast("news", b"x")
+            runtime._engine.closed = False
+            assert groups.broadcast("news", b"x") == 1
+            assert client.read(1) == b"x"
