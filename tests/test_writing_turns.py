@@ -415,9 +415,7 @@ def test_a_broadcast_reaches_everybody_whatever_stands_in_the_way_of_some(name: 
             for client in clients:
                 if client not in (failed, crowded):
                     assert client.read(4) == b"more"
-            with runtime.address(crowded.sid) as reference:  # type: ignore[union-attr]
-                assert set(crowded.read(100_000)) == set(b"c")
-                assert reference.flush(WATCHDOG_S)
+            assert set(crowded.read(4000)) == set(b"c")
 
 
 def test_a_broadcast_of_a_closed_runtime_is_refused(name: str) -> None:
