@@ -17,14 +17,43 @@ import traceback
 import types
 import typing
 
-from . import accept, convoy, deaths, environment, push, references, requests, table
+from . import (
+    accept,
+    convoy,
+    deaths,
+    environment,
+    fanout,
+    fetch,
+    idle,
+    plot,
+    push,
+    references,
+    requests,
+    scaling,
+    sharing,
+    table,
+    write,
+)
 from .measure import Bench, BrokenError, Plan, UnavailableError
 
 OK, FAILED, USAGE = 0, 1, 2
 FORMAT = 1  # of the JSON
 BENCHES: dict[str, Bench] = {
     bench.name: bench
-    for module in (references, convoy, push, requests, accept, deaths)
+    for module in (
+        references,
+        fetch,
+        write,
+        sharing,
+        convoy,
+        push,
+        fanout,
+        requests,
+        accept,
+        idle,
+        scaling,
+        deaths,
+    )
     for bench in module.BENCHES
 }
 _QUICK = Plan(seconds=0.1, rounds=2)
@@ -40,6 +69,8 @@ def main(arguments: collections.abc.Sequence[str] | None = None) -> int:
         return OK
     if options.show is not None:
         return _show(options.show)
+    if options.plot is not None:
+        return _plot(options.plot, options.pictures)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stopped)
     run, problems = _run(options)
@@ -98,6 +129,13 @@ def _parser() -> argparse.ArgumentParser:
         help="also write every sample to FILE, or to bench/results/<date>-<commit>[-changed].json",
     )
     add("--show", metavar="FILE", help="print the table of an earlier run's JSON and stop")
+    add("--plot", metavar="FILE", help="draw an earlier run's JSON and stop")
+    add(
+        "--pictures",
+        metavar="DIRECTORY",
+        default=os.path.join(environment.REPOSITORY, plot.PICTURES),
+        help=f"where --plot puts what it draws (default {plot.PICTURES})",
+    )
     return parser
 
 
@@ -172,6 +210,21 @@ def _show(path: str) -> int:
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"bench: {path} is no result of this bench: {error}", file=sys.stderr)
         return FAILED
+    return OK
+
+
+def _plot(path: str, directory: str) -> int:
+    try:
+        with open(path) as file:
+            drawn = plot.draw(json.load(file), directory)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"bench: {path} is no result of this bench: {error}", file=sys.stderr)
+        return FAILED
+    except (UnavailableError, BrokenError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return FAILED
+    for picture in drawn:
+        print(os.path.relpath(picture))
     return OK
 
 

@@ -6,25 +6,47 @@ input ends.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import json
+import multiprocessing.managers
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 import typing
 
 import redis
+import redis.asyncio
 
 import shmsock
 
-from .push import CHANNEL, FORWARDED, MESSAGE_BYTES, STAMP
+from . import programs
+from .push import CHANNEL, FORWARDED, FORWARDED_ASYNCIO, MESSAGE_BYTES, STAMP
 
 _PADDING = bytes(MESSAGE_BYTES - STAMP.size)
 
+_KEY = b"bench"
+
 Send = typing.Callable[[bytes], object]
+
+
+class Sender:
+    """What a manager serves: writes to one client."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    def send(self, message: bytes) -> None:
+        """Write it."""
+        self._sock.sendall(message)
+
+
+class Manager(multiprocessing.managers.BaseManager):
+    """Serves senders, or asks for one."""
+
+
+Manager.register("Sender")
 
 
 class Actor:
@@ -54,11 +76,7 @@ class Actor:
         subscriber = redis.Redis(port=redis_port).pubsub(ignore_subscribe_messages=True)
         subscriber.subscribe(FORWARDED)
         subscriber.get_message(timeout=10)
-        reference = shmsock.current().address(sid)
-        assert reference is not None
-        self._stack.enter_context(reference)
-        plain = socket.socket(fileno=socket.dup(reference.fileno()))
-        self._stack.callback(plain.close)
+        plain = self._duplicate(sid)
 
         def loop() -> None:
             for message in subscriber.listen():
@@ -66,9 +84,44 @@ class Actor:
 
         threading.Thread(target=loop, daemon=True).start()
 
+    def forward_asyncio(self, redis_port: int, sid: int) -> None:
+        """The same by redis-py's client for asyncio, in a loop of its own."""
+        plain, ready = self._duplicate(sid), threading.Event()
+
+        async def loop() -> None:
+            client = redis.asyncio.Redis(port=redis_port)
+            subscriber = client.pubsub(ignore_subscribe_messages=True)
+            await subscriber.subscribe(FORWARDED_ASYNCIO)
+            await subscriber.get_message(timeout=10)
+            ready.set()
+            async for message in subscriber.listen():
+                plain.sendall(message["data"])
+
+        threading.Thread(target=lambda: asyncio.run(loop()), daemon=True).start()
+        if not ready.wait(10):
+            raise RuntimeError("the asyncio subscriber did not start")
+
+    def serve_manager(self, address: str, sid: int) -> None:
+        """Let others call a method here that writes to the client."""
+        sender = Sender(self._duplicate(sid))
+        Manager.register("Sender", lambda: sender)
+        server = Manager(address=address, authkey=_KEY).get_server()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def _duplicate(self, sid: int) -> socket.socket:
+        """The client's connection as a plain socket."""
+        reference = self._stack.enter_context(
+            typing.cast(shmsock.SocketRef, shmsock.current().address(sid))
+        )
+        plain = socket.socket(fileno=socket.dup(reference.fileno()))
+        self._stack.callback(plain.close)
+        return plain
+
     # -- the one who pushes -----------------------------------------------------------------
 
-    def prepare(self, name: str, sid: int, fd: int, plain_fd: int, redis_port: int) -> None:
+    def prepare(
+        self, name: str, sid: int, fd: int, plain_fd: int, redis_port: int, manager: str
+    ) -> None:
         """Get ready to push to ``sid`` by every way there is.
 
         Args:
@@ -77,6 +130,7 @@ class Actor:
             fd: Where the receiver acknowledges each message with a byte.
             plain_fd: A connection of this process's own to the receiver.
             redis_port: Of the broker.
+            manager: Where the client's owner serves a ``Sender``.
         """
         self._acknowledged = self._stack.enter_context(socket.socket(fileno=fd))
         runtime = self._stack.enter_context(shmsock.Runtime.attach(name))
@@ -93,6 +147,8 @@ class Actor:
         assert held is not None
         held.fileno()  # fetched from the host before anything is measured
         held.close()
+        connected = Manager(address=manager, authkey=_KEY)
+        connected.connect()
         broker = redis.Redis(port=redis_port, single_connection_client=True)
         self._stack.callback(broker.close)
         self._ways = {
@@ -100,6 +156,8 @@ class Actor:
             "plain": plain.send,
             "redis": lambda message: broker.publish(CHANNEL, message),
             "forwarded": lambda message: broker.publish(FORWARDED, message),
+            "forwarded_asyncio": lambda message: broker.publish(FORWARDED_ASYNCIO, message),
+            "manager": connected.Sender().send,  # type: ignore[attr-defined]
         }
 
     def push(self, way: str, count: int) -> list[int]:
@@ -234,11 +292,7 @@ class Actor:
 
 def main() -> None:
     with contextlib.ExitStack() as stack:
-        actor = Actor(stack)
-        for line in sys.stdin:
-            request = json.loads(line)
-            answer = getattr(actor, request.pop("do"))(**request)
-            print(json.dumps(answer), flush=True)
+        programs.obey(Actor(stack))
 
 
 if __name__ == "__main__":

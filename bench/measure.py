@@ -63,12 +63,14 @@ class Measure:
         unit: Of the samples.
         better: "lower" or "higher".
         samples: By contestant; equally many of each, in the order of the rounds.
+        curves: By contestant: ``quantiles`` of everything that was timed, where that is kept.
     """
 
     name: str
     unit: str
     better: str
     samples: dict[str, list[float]]
+    curves: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse what could not be compared."""
@@ -108,7 +110,14 @@ class Measure:
             "samples": self.samples,
             "medians": {name: self.median(name) for name in self.samples},
             "ratios": [dataclasses.asdict(ratio) for ratio in self.ratios()],
+            **({"curves": self.curves} if self.curves else {}),
         }
+
+
+def quantiles(values: collections.abc.Sequence[float]) -> list[float]:
+    """The 0.5 %, 1 %, ... 99.5 % of them: a distribution in 199 numbers, for a plot."""
+    cuts = statistics.quantiles(values, n=200, method="inclusive")
+    return [float(f"{cut:.5g}") for cut in cuts]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,28 +172,44 @@ class Statement:
     names: dict[str, object]
 
 
+# Makes so many calls; how long they took, in seconds.
+Timed = collections.abc.Callable[[int], float]
+
+
 def time_statements(
-    plan: Plan, statements: collections.abc.Sequence[Statement]
+    plan: Plan,
+    statements: collections.abc.Sequence[Statement],
+    others: collections.abc.Mapping[str, Timed] | None = None,
 ) -> dict[str, list[float]]:
     """Nanoseconds a call of each statement, by its name; the garbage collector is off meanwhile.
 
     The cost of the loop itself is in every figure: it is not subtracted from anybody's.
+
+    Args:
+        plan: How long.
+        statements: What is timed by ``timeit``.
+        others: What times itself: loops in C, rows with something in between that is not timed.
     """
-    contestants: dict[str, Sampler] = {}
-    for statement in statements:
-        timer = timeit.Timer(statement.code, globals=statement.names)
-        count = _count_for(timer, plan.slice_s)
-        contestants[statement.name] = _timing(timer, count)
-    return interleave(plan, contestants)["ns"]
+    timed = {each.name: timeit.Timer(each.code, globals=each.names).timeit for each in statements}
+    return time_calls(plan, {**timed, **(others or {})})
 
 
-def _timing(timer: timeit.Timer, count: int) -> Sampler:
-    return lambda: {"ns": timer.timeit(count) / count * 1e9}
+def time_calls(
+    plan: Plan, contestants: collections.abc.Mapping[str, Timed]
+) -> dict[str, list[float]]:
+    """Nanoseconds a call of each contestant, by its name."""
+    counts = {name: _count_for(timed, plan.slice_s) for name, timed in contestants.items()}
+    samplers = {name: _timing(timed, counts[name]) for name, timed in contestants.items()}
+    return interleave(plan, samplers)["ns"]
 
 
-def _count_for(timer: timeit.Timer, slice_s: float) -> int:
+def _timing(timed: Timed, count: int) -> Sampler:
+    return lambda: {"ns": timed(count) / count * 1e9}
+
+
+def _count_for(timed: Timed, slice_s: float) -> int:
     """How many calls fill a slice: by trying, which is the warm-up too."""
     count = 1
-    while (took_s := timer.timeit(count)) < min(0.02, slice_s / 2):
+    while (took_s := timed(count)) < min(0.02, slice_s / 2):
         count *= 2
     return max(1, round(count * slice_s / took_s))

@@ -110,6 +110,14 @@ class Server(typing.NamedTuple):
         return sum(sum(map(int, _stat(pid)[11:13])) for pid in self.processes())
 
 
+def cpu_ns(pids: typing.Iterable[int]) -> int:
+    """User and system time of these processes until now, to the nanosecond.
+
+    A process's processor clock has a number made of its pid: clock_getcpuclockid(3).
+    """
+    return sum(time.clock_gettime_ns(~pid << 3 | 2) for pid in pids)
+
+
 def _stat(pid: int) -> list[str]:
     """The fields of /proc/<pid>/stat from the third on: state, ppid, ...; utime is [11]."""
     with open(f"/proc/{pid}/stat") as file:
@@ -263,7 +271,7 @@ def _wait_for_redis(process: subprocess.Popen[bytes], port: int) -> None:
 
 
 class Actor:
-    """A process of ``bench.actors``: takes one JSON line, answers with one. Ends with its input."""
+    """A process that ``obey``s: takes one JSON line, answers with one. Ends with its input."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         """Made by ``actor``."""
@@ -296,14 +304,22 @@ class Actor:
 
 
 @contextlib.contextmanager
-def actor(*pass_fds: int, engine: str = "") -> typing.Iterator[Actor]:
+def actor(*pass_fds: int, engine: str = "", module: str = "bench.actors") -> typing.Iterator[Actor]:
     """Start one, with these descriptors under the same numbers, and, if named, that engine."""
     environment = {"SHMSOCK_ENGINE": engine} if engine else {}
     with _started(
-        [sys.executable, "-m", "bench.actors"],
+        [sys.executable, "-m", module],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         pass_fds=pass_fds,
         env={**os.environ, **environment},
     ) as process:
         yield Actor(process)
+
+
+def obey(actor: object) -> None:
+    """What an actor's process does: calls the methods it is asked for, until its input ends."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = getattr(actor, request.pop("do"))(**request)
+        print(json.dumps(answer), flush=True)

@@ -12,18 +12,19 @@ import os
 import socket
 import statistics
 import struct
+import tempfile
 import time
 import typing
 
 import shmsock
 
 from . import programs
-from .measure import Bench, BrokenError, Measure, Plan, UnavailableError, interleave
+from .measure import Bench, BrokenError, Measure, Plan, UnavailableError, interleave, quantiles
 
 OURS = "shmsock"
 STAMP = struct.Struct("<Q")  # when it was sent, at the head of every message
 MESSAGE_BYTES = 64
-CHANNEL, FORWARDED = "bench", "bench-forwarded"
+CHANNEL, FORWARDED, FORWARDED_ASYNCIO = "bench", "bench-forwarded", "bench-forwarded-asyncio"
 _TIMEOUT_S = 30.0
 _PERCENTILES = {"p50": 50, "p90": 90, "p99": 99}
 
@@ -44,11 +45,15 @@ def _run(plan: Plan) -> list[Measure]:
         listener = enter(socket.create_server(("127.0.0.1", 0)))
         port = listener.getsockname()[1]
 
+        directory = enter(tempfile.TemporaryDirectory(prefix="shmsock-bench-"))
         owner = enter(programs.actor())
         owner.tell("own", name=name, port=port)
         client = enter(_accept(listener))
         sid = owner.answer()
         owner.ask("forward", redis_port=broker.port, sid=sid)
+        owner.ask("forward_asyncio", redis_port=broker.port, sid=sid)
+        manager = os.path.join(directory, "manager")
+        owner.ask("serve_manager", address=manager, sid=sid)
 
         plain_there = enter(socket.create_connection(("127.0.0.1", port)))
         plain_there.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -61,6 +66,7 @@ def _run(plan: Plan) -> list[Measure]:
             fd=theirs.fileno(),
             plain_fd=plain_there.fileno(),
             redis_port=broker.port,
+            manager=manager,
         )
         subscriber = redis.Redis(port=broker.port).pubsub(ignore_subscribe_messages=True)
         stack.callback(subscriber.close)
@@ -72,14 +78,24 @@ def _run(plan: Plan) -> list[Measure]:
             "plain send": ("plain", _reading(plain)),
             "Redis pub/sub, to the subscriber": ("redis", lambda: bytes(next(messages)["data"])),
             "Redis pub/sub, forwarded to the client": ("forwarded", _reading(client)),
+            "Redis pub/sub, forwarded by asyncio": ("forwarded_asyncio", _reading(client)),
+            "Manager proxy in the owner": ("manager", _reading(client)),
         }
+        every: dict[str, list[int]] = {label: [] for label in ways}
         contestants = {
-            label: _batches(pusher, way, receive, mine, plan)
+            label: _batches(pusher, way, receive, mine, plan, every[label])
             for label, (way, receive) in ways.items()
         }
         taken = interleave(plan, contestants)
+    curves = {label: quantiles(took) for label, took in every.items()}
     return [
-        Measure(f"push across workers, {figure}", "ns", "lower", samples)
+        Measure(
+            f"push across workers, {figure}",
+            "ns",
+            "lower",
+            samples,
+            curves if figure == "p50" else {},
+        )
         for figure, samples in taken.items()
     ]
 
@@ -99,9 +115,17 @@ def _reading(sock: socket.socket) -> Receive:
 
 
 def _batches(
-    pusher: programs.Actor, way: str, receive: Receive, acknowledge: socket.socket, plan: Plan
+    pusher: programs.Actor,
+    way: str,
+    receive: Receive,
+    acknowledge: socket.socket,
+    plan: Plan,
+    every: list[int],
 ) -> typing.Callable[[], dict[str, float]]:
-    """Samples of one way to push; a batch's first tenth is warm-up and thrown away."""
+    """Samples of one way to push; a batch's first tenth is warm-up and thrown away.
+
+    What is left of all batches is added to ``every``.
+    """
 
     def batch(count: int) -> tuple[list[int], list[int]]:
         pusher.tell("push", way=way, count=count)
@@ -123,6 +147,7 @@ def _batches(
 
     def sample() -> dict[str, float]:
         took, called = (each[count // 10 :] for each in batch(count))
+        every.extend(took)
         cuts = statistics.quantiles(took, n=100, method="inclusive")
         figures = {name: cuts[percent - 1] for name, percent in _PERCENTILES.items()}
         return figures | {"time in the call p50": statistics.median(called)}
@@ -140,8 +165,9 @@ BENCHES = (
         "plain send: `sock.send` by B on a connection of its own, the floor; Redis to the "
         "subscriber: redis-py's publish in B, redis-server, redis-py's pubsub in the client "
         "itself, so one hop is missing; forwarded: pubsub in A, which then writes to the client "
-        "with a plain sendall, what applications do. All over TCP on loopback, one message at a "
-        "time.",
+        "with a plain sendall, what applications do; by asyncio: A's subscriber is redis-py's of "
+        "asyncio; Manager proxy: B calls a method of an object that A serves by multiprocessing's "
+        "manager, which writes to the client. All over TCP on loopback, one message at a time.",
         _run,
     ),
 )

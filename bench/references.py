@@ -20,9 +20,14 @@ import posix_ipc
 
 import shmsock
 
-from .measure import Bench, BrokenError, Measure, Plan, Statement, time_statements
+from . import native
+from .measure import Bench, BrokenError, Measure, Plan, Statement, Timed, time_statements
 
 OURS = "shmsock"
+IN_C = "C sem_wait + sem_post"
+# brpc's own SocketId: create + SetFailed + recycle, compiled with -O2, measured once and elsewhere
+# than this run, though on a machine like that of README.md. So its ratio is no ratio of one run.
+BRPC, BRPC_NS = "brpc's own, a constant", 457.0
 
 
 @contextlib.contextmanager
@@ -68,8 +73,19 @@ def _peers() -> typing.Iterator[list[Statement]]:
         semaphore.close()
 
 
+@contextlib.contextmanager
+def _in_c() -> typing.Iterator[dict[str, Timed]]:
+    """A semaphore taken and given by C alone, where there is a compiler."""
+    with native.library() as library:
+        if library is None:
+            yield {}
+        else:
+            pairs = library.semaphore_pairs
+            yield {IN_C: lambda count: pairs(count) / 1e9}
+
+
 def _address_and_release(plan: Plan, *, attached: bool) -> dict[str, list[float]]:
-    with _runtime() as runtime, _peers() as peers:
+    with _runtime() as runtime, _peers() as peers, _in_c() as others:
         ours, theirs = socket.socketpair()
         with theirs, contextlib.ExitStack() as held:
             sid = runtime.create_socket(ours)
@@ -79,7 +95,7 @@ def _address_and_release(plan: Plan, *, attached: bool) -> dict[str, list[float]
                 held.enter_context(reference)
             names = {"address": runtime.address, "sid": sid}
             samples = time_statements(
-                plan, [Statement(OURS, "address(sid).close()", names), *peers]
+                plan, [Statement(OURS, "address(sid).close()", names), *peers], others
             )
         _check(runtime)
     return samples
@@ -115,10 +131,30 @@ def _create(plan: Plan) -> list[Measure]:
                 Statement("plain socketpair", _PLAIN_LIFE, plain),
             ],
         )
+        bare = _create_bare(plan, runtime)
         if runtime.in_use():
             raise BrokenError(f"{runtime.in_use()} slots were not recycled")
         _check(runtime)
-    return [Measure("create + fail + recycle", "ns", "lower", samples)]
+    return [
+        Measure("create + fail + recycle", "ns", "lower", samples),
+        Measure("create + fail + recycle, no descriptor", "ns", "lower", bare),
+    ]
+
+
+_BARE_LIFE = "fail(create(owner), code, '')"
+
+
+def _create_bare(plan: Plan, runtime: shmsock.Runtime) -> dict[str, list[float]]:
+    """The table's part alone: no socket, so nothing to keep, to shut down or to close."""
+    engine: typing.Any = runtime._engine
+    names = {
+        "create": engine.create,
+        "fail": engine.set_failed,
+        "owner": engine.word,
+        "code": errno.ECONNABORTED,
+    }
+    samples = time_statements(plan, [Statement(OURS, _BARE_LIFE, names)])
+    return {**samples, BRPC: [BRPC_NS] * plan.rounds}
 
 
 def _check(runtime: shmsock.Runtime) -> None:
@@ -139,7 +175,8 @@ BENCHES = (
         "attach",
         "address(sid) and release of the first and only reference",
         "`address(sid).close()` while no other is held: the stripe is taken twice, once to attach "
-        "and once to detach. One process, one thread, nobody else at the stripe.",
+        "and once to detach. One process, one thread, nobody else at the stripe. C: sem_wait and "
+        "sem_post of an unnamed semaphore, in a loop without Python.",
         _attach,
     ),
     Bench(
@@ -147,7 +184,8 @@ BENCHES = (
         "the whole life of a socket: create, fail, recycle",
         f"`{_LIFE}`, in the host: socketpair, the slot's create, the store's duplicate, set_failed "
         "with shutdown, recycle, and closing every descriptor. The peer is the same life of a "
-        f"plain one: `{_PLAIN_LIFE}`.",
+        f"plain one: `{_PLAIN_LIFE}`. No descriptor: `{_BARE_LIFE}` of the engine alone, beside "
+        f"what brpc's own took compiled, {BRPC_NS:.0f} ns: a constant, not measured in this run.",
         _create,
     ),
 )

@@ -7,6 +7,8 @@ import typing
 _UNITS = {
     "ns": ((1e9, "s"), (1e6, "ms"), (1e3, "µs"), (1.0, "ns")),
     "1/s": ((1e6, "M/s"), (1e3, "k/s"), (1.0, "/s")),
+    "B": ((1 << 20, "MiB"), (1 << 10, "KiB"), (1.0, "B")),
+    "x": ((1.0, "x"),),
 }
 _HEAD = ("measure", "peer", "shmsock", "peer's", "shmsock / peer", "lowest to highest")
 
@@ -22,7 +24,7 @@ def render(run: Json) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
     lines = [_line(row, widths) for row in rows]
     lines.insert(1, _line(tuple("-" * width for width in widths), widths))
-    return "\n".join([_setting(run), "", *lines])
+    return "\n".join([setting(run), "", *lines])
 
 
 def _rows(measure: Json) -> list[tuple[str, ...]]:
@@ -40,7 +42,8 @@ def _rows(measure: Json) -> list[tuple[str, ...]]:
     ]
 
 
-def _setting(run: Json) -> str:
+def setting(run: Json) -> str:
+    """Machine, load, versions, engine, commit and how long: one line."""
     environment, settings = run["environment"], run["settings"]
     commit = (environment["commit"] or "no commit")[:8]
     dirty = " with changes" if environment["uncommitted_changes"] else ""

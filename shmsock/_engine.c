@@ -11,6 +11,8 @@
  *     _accepting.h       accept and create in one call
  *     _reading.h         what the owner does for every event
  *     _writing.h         the write that nothing stands in the way of
+ *     _collecting.h      what is written in one turn of the loop, until its end
+ *     _broadcast.h       one message to many
  *     _reference_type.h  the reference type
  *     here               the engine's life, and the module
  *
@@ -33,6 +35,7 @@
 #include <sys/mman.h>
 
 #include "_accepting.h"
+#include "_broadcast.h"
 #include "_local_lock.h"
 #include "_objects.h"
 #include "_reading.h"
@@ -200,6 +203,7 @@ Engine_dealloc(Engine *self)
     free(self->handles);
     free(self->count);
     free(self->descriptors);
+    free(self->collected);
     free(self->pending);
     Py_XDECREF(OBJECT(self->lock));
     if (self->view.obj != NULL)
@@ -262,6 +266,11 @@ static PyMethodDef Engine_methods[] = {
     {"set_descriptor", (PyCFunction)Engine_set_descriptor, METH_VARARGS, NULL},
     {"set_direct_limit", (PyCFunction)Engine_set_direct_limit, METH_O, NULL},
     {"set_queued", (PyCFunction)Engine_set_queued, METH_VARARGS, NULL},
+    {"write_to_all", (PyCFunction)Engine_write_to_all, METH_VARARGS, NULL},
+    {"begin_turn", (PyCFunction)Engine_begin_turn, METH_NOARGS, NULL},
+    {"end_turn", (PyCFunction)Engine_end_turn, METH_NOARGS, NULL},
+    {"send_collected", (PyCFunction)Engine_send_collected, METH_O, NULL},
+    {"send_all_collected", (PyCFunction)Engine_send_all_collected, METH_NOARGS, NULL},
     {"is_live", (PyCFunction)Engine_is_live, METH_O, NULL},
     {"count", (PyCFunction)Engine_count, METH_O, NULL},
     {"held_slots", (PyCFunction)Engine_held_slots, METH_NOARGS, NULL},

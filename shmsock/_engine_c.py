@@ -136,9 +136,17 @@ class Engine(_engine.Engine, EngineBase):
         self._runtime_io().writers.write(reference, buffers)
 
     def _write_rest(
-        self, reference: Reference, buffers: tuple[bytes, ...], sent: int, code: int
+        self, reference: Reference, buffers: tuple[bytes, ...], sent: int, code: int, whole: int
     ) -> None:
-        self.io.writers.finish(reference, buffers, sent, code)
+        self.io.writers.finish(reference, buffers, sent, code, whole=bool(whole))
+
+    def _take_collected(
+        self, reference: Reference, messages: tuple[bytes, ...], error: BaseException | None
+    ) -> None:
+        if not isinstance(error, (ClosedError, PoisonedError)):  # then nobody will ever send them
+            self.io.writers.take_collected(reference, messages)
+            if error is not None:
+                raise error
 
     def _give_turn_later(self, sid: int) -> None:
         self.io.writers.give_turn(sid)

@@ -20,6 +20,14 @@ typedef struct {
     sem_t *sem;
 } Handle;
 
+/* A small message that leaves at the end of this turn of the loop (_collecting.h). */
+typedef struct {
+    uint64_t sid;
+    PyObject *reference; /* with a socket's first one: kept until they have all left */
+    PyObject *message;   /* bytes; NULL: it has left */
+    size_t next;         /* of the same socket, counted from 1; 0: none */
+} Collected;
+
 typedef struct {
     PyObject_HEAD
     Table table;
@@ -40,7 +48,14 @@ typedef struct {
         uint64_t sid;
         int number;
         int queued; /* messages wait in writing.py: the next one goes behind them */
+        int kind;   /* of the descriptor: SOCK_STREAM, another, or 0: not asked yet */
+        uint32_t collected, collected_bytes; /* how many messages leave at the end of the turn */
+        size_t first, last;                  /* of them, in `collected`, counted from 1 */
     } *descriptors;
+    /* What leaves at the end of the turn of the loop that `collector` is at; 0: no turn. */
+    unsigned long collector;
+    Collected *collected;
+    size_t collected_length, collected_room, collected_left;
     size_t direct_bytes;
     int draining;
     long long next_stripe;

@@ -11,6 +11,7 @@
 #include <sys/socket.h>
 
 #include "_references.h"
+#include "_writing.h"
 
 #define READ_BYTES 65536
 
@@ -70,7 +71,10 @@ Reference_set_busy(Reference *self, PyObject *value, void *Py_UNUSED(closure))
     if (busy < 0 || refuse_closed(self) < 0)
         return -1;
     Table *t = &self->engine->table;
-    PUT(busy, (uint32_t)(self->sid & SLOT_MASK), (uint8_t)busy);
+    uint32_t slot = (uint32_t)(self->sid & SLOT_MASK);
+    if (!busy && self->engine->descriptors[slot].first && leave(self->engine, slot) < 0)
+        return -1; /* idle is: every answer is out */
+    PUT(busy, slot, (uint8_t)busy);
     return 0;
 }
 
@@ -91,6 +95,8 @@ Reference_unwritten_bytes(Reference *self, PyObject *Py_UNUSED(ignored))
 {
     Engine *engine = self->engine;
     uint32_t slot = (uint32_t)(self->sid & SLOT_MASK);
+    if (engine->descriptors[slot].first && leave(engine, slot) < 0)
+        return NULL;
     if (engine->descriptors[slot].sid == self->sid && !engine->descriptors[slot].queued)
         return PyLong_FromLong(0);
     return PyObject_CallMethod(OBJECT(engine), "_unwritten_bytes", "K",

@@ -44,17 +44,50 @@ write_slowly(Reference *self, PyObject *const *buffers, Py_ssize_t count)
     return nothing;
 }
 
-/* The turn is ours and the kernel took `sent` bytes, or refused with `code`: writing.py goes on. */
+/* The turn is ours and the kernel took `sent` bytes, or refused with `code`: writing.py goes on.
+ * `whole`: each buffer is a message. */
 static PyObject *
-write_rest(Reference *self, PyObject *const *buffers, Py_ssize_t count, Py_ssize_t sent, int code)
+write_rest(Reference *self, PyObject *const *buffers, Py_ssize_t count, Py_ssize_t sent, int code,
+           int whole)
 {
     PyObject *all = as_tuple(buffers, count), *nothing = NULL;
     if (all != NULL)
-        nothing = PyObject_CallMethod(OBJECT(self->engine), "_write_rest", "OOni", self, all, sent,
-                                      code);
+        nothing = PyObject_CallMethod(OBJECT(self->engine), "_write_rest", "OOnii", self, all, sent,
+                                      code, whole);
     Py_XDECREF(all);
     return nothing;
 }
+
+/* The turn is ours: send, count so many messages, give it back. The GIL is kept. */
+static PyObject *
+send_in_turn(Reference *self, PyObject *const *buffers, struct iovec *vector, Py_ssize_t count,
+             size_t total, int whole)
+{
+    Engine *engine = self->engine;
+    Table *t = &engine->table;
+    uint32_t slot = (uint32_t)(self->sid & SLOT_MASK);
+    Call call = {.slot = slot, .sid = self->sid};
+    int number = engine->descriptors[slot].number, flags = MSG_DONTWAIT | MSG_NOSIGNAL;
+    struct msghdr message = {.msg_iov = vector, .msg_iovlen = (size_t)count};
+    ssize_t sent = count == 1 ? send(number, vector[0].iov_base, total, flags) /* is cheaper */
+                              : sendmsg(number, &message, flags);
+    KP(message_sent);
+    if (sent != (ssize_t)total)
+        return write_rest(self, buffers, count, sent < 0 ? 0 : sent, sent < 0 ? errno : 0, whole);
+    PUT(bytes_out, slot, GET(bytes_out, slot) + total);
+    PUT(messages_out, slot, GET(messages_out, slot) + (whole ? (uint64_t)count : 1));
+    PUT(written_ns, slot, now_ns());
+    KP(message_counted);
+    if (run_within(engine, slot / t->block, NULL, body_give_turn, &call, 0) < 0) {
+        /* The message is out: what keeps the turn from being given is no error of its writer. */
+        PyErr_Clear();
+        return PyObject_CallMethod(OBJECT(engine), "_give_turn_later", "K",
+                                   (unsigned long long)self->sid);
+    }
+    Py_RETURN_NONE;
+}
+
+#include "_collecting.h"
 
 /* One whole message of bytes objects: take the turn, send, give it back.
  *
@@ -79,9 +112,16 @@ Reference_write(Reference *self, PyObject *const *buffers, Py_ssize_t count)
             total += (size_t)length;
         }
     }
+    if (engine->collector || engine->collected_left) {
+        int done = collect_or_send(self, buffers, count, direct ? total : 0);
+        if (done < 0)
+            return NULL;
+        if (done)
+            Py_RETURN_NONE;
+        direct = direct && !engine->descriptors[slot].queued;
+    }
     if (!direct || !total || total > engine->direct_bytes)
         return write_slowly(self, buffers, count);
-    Table *t = &engine->table;
     Call call = {.slot = slot, .sid = self->sid};
     int result = run(engine, body_take_turn, &call);
     if (result < 0)
@@ -93,24 +133,7 @@ Reference_write(Reference *self, PyObject *const *buffers, Py_ssize_t count)
             return NULL;
         return write_slowly(self, buffers, count);
     }
-    int number = engine->descriptors[slot].number, flags = MSG_DONTWAIT | MSG_NOSIGNAL;
-    struct msghdr message = {.msg_iov = vector, .msg_iovlen = (size_t)count};
-    ssize_t sent = count == 1 ? send(number, vector[0].iov_base, total, flags) /* is cheaper */
-                              : sendmsg(number, &message, flags);
-    KP(message_sent);
-    if (sent != (ssize_t)total)
-        return write_rest(self, buffers, count, sent < 0 ? 0 : sent, sent < 0 ? errno : 0);
-    PUT(bytes_out, slot, GET(bytes_out, slot) + total);
-    PUT(messages_out, slot, GET(messages_out, slot) + 1);
-    PUT(written_ns, slot, now_ns());
-    KP(message_counted);
-    if (run_within(engine, slot / t->block, NULL, body_give_turn, &call, 0) < 0) {
-        /* The message is out: what keeps the turn from being given is no error of its writer. */
-        PyErr_Clear();
-        return PyObject_CallMethod(OBJECT(engine), "_give_turn_later", "K",
-                                   (unsigned long long)self->sid);
-    }
-    Py_RETURN_NONE;
+    return send_in_turn(self, buffers, vector, count, total, 0);
 }
 
 static PyObject *
@@ -126,6 +149,7 @@ Engine_set_descriptor(Engine *self, PyObject *args)
         self->descriptors[slot].sid = sid;
         self->descriptors[slot].number = number;
         self->descriptors[slot].queued = 0;
+        self->descriptors[slot].kind = 0;
     }
     else if (slot >= 0 && self->descriptors[slot].sid == sid)
         self->descriptors[slot].sid = 0;

@@ -39,12 +39,24 @@ class Entry:
         sock: It, wrapped without asking the kernel what it is, once somebody needs that.
         used_ns: When it was last used.
         pollers: The epolls it is registered in, which must forget it before it is closed.
+        stream: Whether several messages may share a send; None until somebody asked.
         told: Whether this process knows that the socket is its own: created here, or passed. Who
             becomes the owner of one that it had only written to is still to be told.
         shared: Whether somebody else may have a duplicate, so that closing ours ends nothing.
     """
 
-    __slots__ = ("_sock", "fd", "inode", "pollers", "put", "shared", "sid", "told", "used_ns")
+    __slots__ = (
+        "_sock",
+        "fd",
+        "inode",
+        "pollers",
+        "put",
+        "shared",
+        "sid",
+        "stream",
+        "told",
+        "used_ns",
+    )
 
     def __init__(self, sid: int, fd: int, inode: int) -> None:
         """A fresh entry, in no epoll; the number is its to close."""
@@ -57,6 +69,7 @@ class Entry:
         self.put = False  # whether the host has it, if it should
         self.told = False
         self.shared = True
+        self.stream: bool | None = None
 
     @property
     def sock(self) -> socket.socket:

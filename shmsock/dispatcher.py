@@ -277,13 +277,15 @@ class Dispatcher:
             events = self._poll(timeout_s)
             if adopted:
                 self._service.awake = True
-            self._run_batch(events, adopted)
+            with self._runtime._writers.turn:
+                self._run_batch(events, adopted)
         except BaseException:
             # Edges were taken from the kernel that it will not report again: a signal handler's
             # exception may strike between any two lines. So everybody is asked once more.
             self.data_only = False
             self._again.extend(self._consumers.values())
             self._wake()
+            self._runtime._writers.turns.end_turn()  # once more: the end itself may be what failed
             raise
 
     def _poll(self, timeout_s: float) -> list[tuple[int, int]]:

@@ -32,6 +32,8 @@ import logging
 import os
 import typing
 
+import numpy as np
+
 from . import group_store
 from .errors import (
     ClosedError,
@@ -39,6 +41,7 @@ from .errors import (
     OverCrowdedError,
     ShmsockError,
     SocketFailedError,
+    StripeTimeoutError,
 )
 from .globs import MAX_PATTERN_BYTES, compile_glob, escape_glob, literal_prefix
 from .group_store import GroupsFullError, Opened, Store, T, Txn
@@ -56,6 +59,12 @@ _KEY_BYTES = 511
 _SHORT_BYTES = _KEY_BYTES - 1 - hashlib.sha256().digest_size
 # Members changed in one write transaction: others wait for it.
 _BATCH = 256
+# What a member may be refused by, and hurts no other: it is tried again by itself, and then said.
+_REFUSALS = (OverCrowdedError, SocketFailedError, DescriptorError, StripeTimeoutError, OSError)
+
+WriteToAll = collections.abc.Callable[
+    [list[int], bytes, tuple[type[BaseException], ...]], list[int]
+]
 
 
 class Reference(typing.Protocol):
@@ -81,6 +90,14 @@ def _key(name: bytes) -> bytes:
 def _values(txn: Txn, database: lmdb._Database, key: bytes) -> list[bytes]:
     with txn.cursor(database) as cursor:
         return list(cursor.iternext_dup()) if cursor.set_key(key) else []
+
+
+def _ids(txn: Txn, opened: Opened, key: bytes) -> list[int]:
+    """The members of a group, ascending: all at once, as LMDB packs them."""
+    with txn.cursor(opened.members) as cursor:
+        packed = cursor.getmulti([key], dupdata=True, dupfixed_bytes=8, keyfixed=True)
+    pair = np.dtype([("key", f"V{len(key)}"), ("id", ">u8")])
+    return typing.cast("list[int]", np.frombuffer(packed, pair)["id"].tolist()) if packed else []
 
 
 def _has(txn: Txn, opened: Opened, key: bytes, value: bytes) -> bool:
@@ -129,6 +146,8 @@ class Groups:
         self._map_size_bytes = map_size_bytes
         # Called before every use: raises when the runtime is of no use any more.
         self.check: collections.abc.Callable[[], object] = lambda: None
+        # The C engine's: writes to many, and says which places are left; None with the other.
+        self.write_to_all: WriteToAll | None = None
         # Called with the id of a member that reads too slowly for a broadcast: an application
         # that wants no gaps ends it.
         self.on_crowded: collections.abc.Callable[[int], object] | None = None
@@ -200,12 +219,11 @@ class Groups:
         """The live ids of a group, ascending."""
         key = _key(_bytes(name))
         live, stale = [], []
-        for value in self._read(lambda txn, opened: _values(txn, opened.members, key)):
-            sid = int.from_bytes(value, "big")
+        for sid in self._read(lambda txn, opened: _ids(txn, opened, key)):
             if self._is_live(sid):
                 live.append(sid)
             else:
-                stale.append((key, value))
+                stale.append((key, sid.to_bytes(8, "big")))
         self._drop(stale)
         return live
 
@@ -248,30 +266,36 @@ class Groups:
         reads too slowly or whose descriptor cannot be had, with one warning a call.
         """
         key = _key(_bytes(name))
-        values = self._read(lambda txn, opened: _values(txn, opened.members, key))
-        sids = [int.from_bytes(value, "big") for value in values]
+        sids = self._read(lambda txn, opened: _ids(txn, opened, key))
         if self._fetch is not None and sids:
             with contextlib.suppress(OSError, DescriptorError):  # then one by one, as they come
                 self._fetch(sids)
-        taken, crowded, unreachable = 0, 0, []
+        taken, crowded, unreachable = len(sids), 0, []
         stale: list[tuple[bytes, bytes]] = []
-        for sid, value in zip(sids, values, strict=True):
+        address = self._address
+        for place in self._write_quickly(sids, buffers):
+            sid = sids[place]
+            reference = None
             try:
-                reference = self._address(sid)
+                reference = address(sid)
                 if reference is None:
-                    stale.append((key, value))
+                    taken -= 1
+                    stale.append((key, sid.to_bytes(8, "big")))
                     continue
-                with contextlib.closing(reference):
-                    reference.write(*buffers)
-                taken += 1
+                reference.write(*buffers)
             except OverCrowdedError:
+                taken -= 1
                 crowded += 1
                 if self.on_crowded is not None:
                     self.on_crowded(sid)
             except SocketFailedError:
-                pass
+                taken -= 1
             except (OSError, DescriptorError) as error:
+                taken -= 1
                 unreachable.append(error)
+            finally:
+                if reference is not None:
+                    reference.close()
         if crowded:
             log.warning("group %r: %d members read too slowly and missed one", name, crowded)
         if unreachable:
@@ -280,6 +304,22 @@ class Groups:
             )
         self._drop(stale)
         return taken
+
+    def _write_quickly(
+        self, sids: list[int], buffers: tuple[Buffer, ...]
+    ) -> collections.abc.Iterable[int]:
+        """Write to those that nothing stands in the way of; the places of the others.
+
+        In pieces, between which other threads and signals have their turn.
+        """
+        if self.write_to_all is None:
+            yield from range(len(sids))
+            return
+        message = buffers[0] if len(buffers) == 1 else b"".join(buffers)
+        message = bytes(message)
+        for first in range(0, len(sids), _BATCH):
+            left = self.write_to_all(sids[first : first + _BATCH], message, _REFUSALS)
+            yield from (first + place for place in left)
 
     def reap_readers(self) -> int:
         """Free what killed processes held while reading; call it when a death was seen."""

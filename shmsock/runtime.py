@@ -510,6 +510,7 @@ class Runtime(Participant):
                 fetch=self._prefetch,
             )
             self._groups.check = self._segment.check
+            self._groups.write_to_all = getattr(self._engine, "write_to_all", None)
         return self._groups
 
     def unwritten_bytes(self) -> int:

@@ -75,7 +75,9 @@ class SocketRef(Reference):
 
         Messages of any processes never interleave, and each process's are sent in its order. What
         the kernel does not take now waits in this process and is sent by its service thread, or
-        by its dispatcher's loop.
+        by its dispatcher's loop. What a dispatcher's callback writes, in its thread, leaves when
+        this turn of the loop ends, with all else that was written to the socket in it: ``flush``
+        first if the callback goes on to compute.
 
         Args:
             buffers: At least one; ``bytes`` are not copied.
@@ -148,7 +150,11 @@ class SocketRef(Reference):
 
     @busy.setter
     def busy(self, busy: bool) -> None:
-        self._io.open_segment().cells.busy[self.id & SLOT_MASK] = busy
+        io = self._io
+        segment = io.open_segment()
+        if not busy:  # ORDER: the answers are out before anybody may take it for idle
+            io.writers.turns.send_collected(self.id)
+        segment.cells.busy[self.id & SLOT_MASK] = busy
 
     def count_messages(self, count: int) -> None:
         """Add to the statistics of messages read; the owner's to call."""
@@ -282,6 +288,7 @@ class SocketIO:
     def set_failed(self, sid: int, code: int, text: str) -> bool:
         """Fail a socket; the winner ends the connection for everybody."""
         self.open_segment()
+        self.writers.turns.send_collected(sid)  # what was written before it is sent before it
         result = self.engine.set_failed(sid, code, text)
         if result:
             self.descriptors.shut_down(sid)

@@ -7,6 +7,9 @@ process's own queue for the socket, behind what is there already, and the turn i
 once, on EPOLLOUT, and by a back-off timer. Trying again is all the signalling there is: no list of
 waiters, no wake-up to lose, no bytes in anybody else's hands.
 
+What a dispatcher's callbacks write in one turn of its loop is kept until the turn ends, if it is
+small, and then leaves in one send a socket (collecting.py).
+
     INVARIANT: a process's queue for a socket exists while it is not empty, and holds a reference:
                a graceful close comes after the last byte.
     INVARIANT: between messages nobody needs the turn; in mid-message nobody else can have it.
@@ -27,8 +30,10 @@ import select
 import socket
 import threading
 import time
+import typing
 
 from .cache import Entry
+from .collecting import Collector, Turn, Turns
 from .descriptors import Descriptors
 from .engine import Engine, Reference
 from .errors import (
@@ -63,17 +68,17 @@ class Queue:
         messages: Whole messages; the first may have been sent in part.
         turn: Whether this process has the write turn.
         partial: Whether the first message is under way.
-        stream: Whether messages may share a send; None until it is known.
+        full: Whether the kernel takes no more, until it says so.
     """
 
     __slots__ = (
         "back_off_s",
+        "full",
         "messages",
         "partial",
         "pumping",
         "reference",
         "retrying",
-        "stream",
         "turn",
         "unwritten",
     )
@@ -84,9 +89,9 @@ class Queue:
         self.messages: collections.deque[memoryview] = collections.deque()
         self.turn = False
         self.partial = False
+        self.full = False
         self.pumping = False
         self.retrying = False
-        self.stream: bool | None = None
         self.unwritten = 0
         self.back_off_s = _BACK_OFF_S[0]
 
@@ -114,6 +119,10 @@ class Writers:
         self._fail = fail
         self._queues: dict[int, Queue] = {}
         self._lock = threading.Lock()
+        # The C engine keeps a turn's messages itself: they never come by here.
+        self._collector = None if hasattr(engine, "begin_turn") else Collector(self.take_collected)
+        self.turns: Turns = typing.cast(Turns, self._collector or engine)
+        self.turn = Turn(self.turns)
 
     # -- the whole message ----------------------------------------------------------------------
 
@@ -134,7 +143,10 @@ class Writers:
         if len(buffers) > _BATCH_BUFFERS:  # the kernel takes no more than IOV_MAX
             buffers = (b"".join(buffers),)
         entry = self._entry(reference)
+        if self._collector is not None and self._collect(entry, reference, buffers, total):
+            return
         if sid in self._queues and self._append(sid, buffers):
+            self._press(sid)
             return
         try:
             for _ in range(_TRIES):
@@ -143,13 +155,13 @@ class Writers:
                 if reference.failed:
                     raise SocketFailedError(*self._error_of(sid))
             else:
-                self._enqueue(reference, _join(buffers), turn=False)
+                self._enqueue(reference, [_join(buffers)], turn=False)
                 return
             sent = self._send(entry, sid, buffers)
             if sent < total:
                 self._count(sid, sent, 0)
                 rest = _join(buffers)[sent:]
-                self._enqueue(reference, rest, turn=True, partial=sent > 0)
+                self._enqueue(reference, [rest], turn=True, partial=sent > 0)
                 return
             self._count(sid, sent, 1)
             self.give_turn(sid)
@@ -159,8 +171,36 @@ class Writers:
             self._interrupted(sid)
             raise
 
+    def _collect(
+        self, entry: Entry, reference: Reference, buffers: tuple[Buffer, ...], total: int
+    ) -> bool:
+        """Whether a message was kept for the end of the turn; C's twin is collect_or_send."""
+        collector, sid = self._collector, reference.id
+        if collector is None or collector.idle or sid in self._queues:
+            return False
+        if reference.failed:
+            raise SocketFailedError(*self._error_of(sid))
+        if not _is_stream(entry) or not collector.takes(sid, total) or sid in self._queues:
+            return False  # behind what it has just sent, or queued
+        collector.collect(reference, bytes(_join(buffers)))
+        return True
+
+    def take_collected(
+        self, reference: Reference, messages: collections.abc.Sequence[bytes]
+    ) -> None:
+        """Send a turn's messages: whole ones that were accepted already, so without a bound."""
+        if not reference.failed:
+            self._put(reference, [memoryview(each) for each in messages], turn=False)
+            self.pump(reference.id)
+
     def finish(
-        self, reference: Reference, buffers: tuple[bytes, ...], sent: int, code: int
+        self,
+        reference: Reference,
+        buffers: tuple[bytes, ...],
+        sent: int,
+        code: int,
+        *,
+        whole: bool = False,
     ) -> None:
         """Go on where the C engine's ``write`` left off: it has the turn, and sent a part.
 
@@ -169,14 +209,23 @@ class Writers:
             buffers: The message.
             sent: How many bytes of it the kernel took.
             code: The errno of a send that failed, else 0.
+            whole: Each buffer is a message, of a turn that has ended: nobody waits for an error.
         """
         sid = reference.id
         try:
             if code and code not in _NOT_NOW:
                 self._fail(sid, code, os.strerror(code))
+                if whole:
+                    return
                 raise SocketFailedError(*self._error_of(sid))
-            self._count(sid, sent, 0)
-            self._enqueue(reference, _join(buffers)[sent:], turn=True, partial=sent > 0)
+            messages = [memoryview(each) for each in buffers] if whole else [_join(buffers)]
+            out, left = 0, sent
+            while left >= len(messages[out]):
+                left -= len(messages[out])
+                out += 1
+            self._count(sid, sent, out)
+            rest = [messages[out][left:], *messages[out + 1 :]]
+            self._enqueue(reference, rest, turn=True, partial=left > 0)
         except (OverCrowdedError, SocketFailedError, StripeTimeoutError):
             raise  # no message is under way
         except BaseException:
@@ -253,12 +302,14 @@ class Writers:
     # -- the queue ------------------------------------------------------------------------------
 
     def unwritten_bytes(self, sid: int) -> int:
-        """How much waits in this process for a socket."""
+        """How much waits in this process for a socket; what this turn has kept is sent first."""
+        self.turns.send_collected(sid)
         queue = self._queues.get(sid)
         return queue.unwritten if queue is not None else 0
 
     def total_bytes(self) -> int:
-        """How much waits in this process for all sockets."""
+        """How much waits in this process for all sockets; likewise."""
+        self.turns.send_all_collected()
         return sum(queue.unwritten for queue in list(self._queues.values()))
 
     def _append(self, sid: int, buffers: tuple[Buffer, ...]) -> bool:
@@ -275,6 +326,16 @@ class Writers:
             queue.unwritten += len(message)
         return True
 
+    def _press(self, sid: int) -> None:
+        """Send of what waits here, if nothing but another process's turn was in the way.
+
+        WHY NOT leave it to the timer: its thread gets the GIL from a writer that goes on writing
+        once in a switch interval, and sends one batch; the queue would only grow.
+        """
+        queue = self._queues.get(sid)
+        if queue is not None and not (queue.full or queue.partial or queue.pumping):
+            self.pump(sid)
+
     def _bound(self, queue: Queue, more_bytes: int) -> None:
         if queue.unwritten + more_bytes > self.max_unwritten_bytes:
             raise OverCrowdedError(
@@ -283,10 +344,31 @@ class Writers:
             )
 
     def _enqueue(
-        self, reference: Reference, message: memoryview, *, turn: bool, partial: bool = False
+        self,
+        reference: Reference,
+        messages: list[memoryview],
+        *,
+        turn: bool,
+        partial: bool = False,
     ) -> None:
         """Queue what could not be sent now, and see to it that it is tried again."""
-        sid = reference.id
+        queue = self._put(reference, messages, turn=turn, partial=partial, bounded=True)
+        if turn:
+            self._watch_out(reference.id)
+        self._retry_later(reference.id, queue)
+        self._service.ensure()
+
+    def _put(
+        self,
+        reference: Reference,
+        messages: list[memoryview],
+        *,
+        turn: bool,
+        partial: bool = False,
+        bounded: bool = False,
+    ) -> Queue:
+        """Put messages into a socket's queue, which is made if there is none."""
+        sid, size = reference.id, sum(map(len, messages))
         with self._lock:
             queue = self._queues.get(sid)
             if queue is None:
@@ -295,16 +377,14 @@ class Writers:
                 self._engine.set_queued(sid, True)
             if turn:
                 # Ours is under way: whatever another thread queued meanwhile comes behind it.
-                queue.messages.appendleft(message)
+                queue.messages.extendleft(reversed(messages))
                 queue.turn, queue.partial = True, partial
             else:
-                self._bound(queue, len(message))
-                queue.messages.append(message)
-            queue.unwritten += len(message)
-        if turn:
-            self._watch_out(sid)
-        self._retry_later(sid, queue)
-        self._service.ensure()
+                if bounded:
+                    self._bound(queue, size)
+                queue.messages.extend(messages)
+            queue.unwritten += size
+        return queue
 
     def _retry_later(self, sid: int, queue: Queue) -> None:
         """See to it that the queue is tried again; one timer a queue."""
@@ -334,6 +414,7 @@ class Writers:
         if queue is None:
             return
         queue.back_off_s = _BACK_OFF_S[0]
+        queue.full = False
         self.pump(sid)
 
     def pump(self, sid: int) -> bool | None:
@@ -382,11 +463,9 @@ class Writers:
             if not self._engine.take_turn(sid):
                 return False
             queue.turn = True
-        if queue.stream is None:
-            kind = entry.sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
-            queue.stream = kind == socket.SOCK_STREAM
-        batch, size = self._batch(queue)
+        batch, size = self._batch(queue, _is_stream(entry))
         sent = self._send(entry, sid, batch)
+        queue.full = sent < size
         finished = self._consume(queue, batch, sent)
         self._count(sid, sent, finished)
         if queue.partial:  # keep the turn until the rest is out
@@ -407,13 +486,13 @@ class Writers:
             self._watch_out(sid)
         return done
 
-    def _batch(self, queue: Queue) -> tuple[list[memoryview], int]:
+    def _batch(self, queue: Queue, stream: bool) -> tuple[list[memoryview], int]:
         batch: list[memoryview] = []
         size = 0
         with self._lock:
             for message in queue.messages:
                 full = len(batch) >= _BATCH_BUFFERS or size + len(message) > _BATCH_BYTES
-                if batch and (full or not queue.stream):  # a datagram is one message
+                if batch and (full or not stream):  # a datagram is one message
                     break
                 batch.append(message)
                 size += len(message)
@@ -452,6 +531,7 @@ class Writers:
 
     def tick(self) -> None:
         """Once a second: whatever waits is tried, should every other signal have been missed."""
+        self.turns.send_all_collected()
         for sid in list(self._queues):
             self.pump(sid)
 
@@ -467,6 +547,7 @@ class Writers:
 
     def _wait(self, reference: Reference, timeout_s: float | None, *, room: bool) -> bool:
         sid = reference.id
+        self.turns.send_collected(sid)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         nap_s = _BACK_OFF_S[0]
         while True:
@@ -498,8 +579,17 @@ class Writers:
 
     def close(self) -> None:
         """Forget what waits; its bytes are lost with this process."""
+        self.turns.end_turn()
         for sid in list(self._queues):
             self._give_up(sid)
+
+
+def _is_stream(entry: Entry) -> bool:
+    """Whether messages may share a send: one question to the kernel a descriptor."""
+    if entry.stream is None:
+        kind = entry.sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+        entry.stream = kind == socket.SOCK_STREAM
+    return entry.stream
 
 
 def _size(buffers: tuple[Buffer, ...]) -> int:

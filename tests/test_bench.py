@@ -15,7 +15,8 @@ import pytest
 
 import shmsock
 from bench.__main__ import BENCHES
-from bench.measure import BrokenError, Measure, Plan, interleave
+from bench.measure import BrokenError, Measure, Plan, interleave, quantiles
+from bench.native import compiler
 from bench.programs import tree as tree_of
 from bench.table import render
 
@@ -26,10 +27,31 @@ pytestmark = pytest.mark.once
 _MEASURES = {
     "address": {"address + release, attached"},
     "attach": {"address + release, attach + detach"},
-    "create": {"create + fail + recycle"},
+    "create": {"create + fail + recycle", "create + fail + recycle, no descriptor"},
+    "fetch": {"first use of a socket in a process"},
+    "write": {
+        *(f"write of 64 B, {kind}" for kind in ("unix", "tcp")),
+        *(f"ten writes of 64 B in one turn of the loop, {kind}" for kind in ("unix", "tcp")),
+        *(f"write of 1 MiB to a peer that reads, {kind}" for kind in ("unix", "tcp")),
+        "4 processes write 64 B to one socket, messages",
+        "4 processes write 64 B to one socket, least over most of a writer",
+    },
+    "sharing": {
+        "address + release on one socket, CPU per call, 1 process",
+        *(
+            f"address + release on one socket, CPU per call, {count} processes{over}"
+            for count, over in ((2, ""), (4, ""), (8, ""), (2, " over 1"), (8, " over 1"))
+        ),
+        *(f"address + release on one socket, calls of {count} processes" for count in (2, 8)),
+    },
     "convoy": {f"attach + detach beside a crowd, {figure}" for figure in ("p50", "p99", "worst")},
     "push": {
         f"push across workers, {figure}" for figure in ("p50", "p90", "p99", "time in the call p50")
+    },
+    "fanout": {
+        f"1 message to 1000 clients {how}, {figure}"
+        for how in ("by groups.broadcast", "by the hub's PUBLISH", "by 16 PUBLISH in a pipeline")
+        for figure in ("deliveries per CPU-second", "until all have it")
     },
     "requests": {
         f"{request}, -c 50 -P {pipeline}, {figure}"
@@ -43,6 +65,21 @@ _MEASURES = {
     "spread": {
         f"400 long-lived connections, most of a worker over the mean, {how}"
         for how in ("one after another", "in a burst")
+    },
+    "idle": {"memory of an idle connection"},
+    "scaling": {
+        f"{operation}, {size}, should be {law}"
+        for operation, of_slots, of_rows in (
+            ("create + fail + recycle", "constant", "constant"),
+            ("address + release, attached", "constant", "constant"),
+            ("attach + detach", "constant", "constant"),
+            ("sockets()", "linear", "constant"),
+            ("doctor's audit", "linear", "linear"),
+            ("reaping a dead process", "linear", "linear"),
+            ("joining and leaving", "linear", "linear"),
+            ("the timer's work, once a second", "linear", "constant"),
+        )
+        for size, law in (("1,000,000 slots", of_slots), ("512 rows", of_rows))
     },
     "take": {"take + give of a stripe"},
     "holds": {
@@ -58,23 +95,52 @@ _MEASURES = {
         f"supervisor's death to adopted by the next, {figure}" for figure in ("median", "worst")
     },
 }
+_IN_C = {"C sem_wait + sem_post"} if compiler() else set()
+_SHARED_IN_C = {"C, count in a shared word"} if compiler() else set()
 _REFERENCE_PEERS = {
     "no-op C method",
     "weakref()",
     "posix_ipc acquire(0), release()",
     "numpy word under posix_ipc semaphore",
     "multiprocessing.Value under its lock",
+    *_IN_C,
 }
+# Of all a bench's measures together.
 _PEERS = {
     "address": _REFERENCE_PEERS,
     "attach": _REFERENCE_PEERS,
-    "create": {"plain socketpair"},
+    "create": {"plain socketpair", "brpc's own, a constant"},
+    "fetch": {
+        "raw SCM_RIGHTS round trip",
+        "send_handle, recv_handle",
+        "pickled socket (DupFd)",
+    },
+    "write": {
+        "socket.send",
+        "shmsock, not the owner",
+        "shmsock, address + write",
+        "ten times socket.send",
+        "one socket.sendmsg",
+        "socket.sendall",
+        "sendall under an fcntl lock",
+    },
+    "sharing": {
+        "shmsock, attach + detach",
+        "numpy word under posix_ipc semaphore",
+        "multiprocessing.Value under its lock",
+        "numpy word under fcntl lock",
+        "Manager proxy, a counter",
+        *_SHARED_IN_C,
+    },
     "convoy": {"Python engine", "C engine, nobody computes"},
     "push": {
         "plain send",
         "Redis pub/sub, to the subscriber",
         "Redis pub/sub, forwarded to the client",
+        "Redis pub/sub, forwarded by asyncio",
+        "Manager proxy in the owner",
     },
+    "fanout": {"redis-server"},
     "requests": {"redis-server", "asyncio, no parsing", "uvloop, no parsing"},
     "accept": {
         "shmsock, the supervisor accepts",
@@ -83,6 +149,8 @@ _PEERS = {
         "Node cluster",
     },
     "spread": {"shmsock, the supervisor accepts", "uvicorn --workers", "Node cluster"},
+    "idle": {"asyncio", "uvloop"},
+    "scaling": {"1,000 slots", "65,536 slots", "8 rows", "64 rows"},
     "take": {"posix_ipc acquire(), release()", "posix_ipc acquire(0), release()"},
     "holds": {"the kernel reports the death"},
     "rehome": {"the kernel reports the death"},
@@ -112,13 +180,19 @@ def _names_of_benches() -> list[str]:
     return [name for name in shmsock.names_on_machine() if name.startswith("bench-")]
 
 
+# In one run, which spares as many interpreters.
+_TOGETHER = ("fetch", "write", "sharing", "fanout", "idle", "scaling")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("bench", list(BENCHES))
+@pytest.mark.parametrize(
+    "benches", [[bench] for bench in BENCHES if bench not in _TOGETHER] + [list(_TOGETHER)], ids=str
+)
 def test_a_quick_run_ends_and_writes_every_promised_field(
-    bench: str, tmp_path: pathlib.Path
+    benches: list[str], tmp_path: pathlib.Path
 ) -> None:
     path = tmp_path / "made" / "result.json"
-    done = _run("--quick", "--only", bench, "--json", str(path))
+    done = _run("--quick", "--only", *benches, "--json", str(path))
     assert done.returncode == 0, done.stderr
     written = json.loads(path.read_text())
     assert written["format"] == 1
@@ -127,19 +201,26 @@ def test_a_quick_run_ends_and_writes_every_promised_field(
     assert written["environment"].keys() >= _ENVIRONMENT
     assert written["environment"]["packages"]["numpy"]
     assert written["environment"]["engine"] == shmsock.ENGINE
-    (result,) = written["benches"]
-    assert result["name"] == bench
+    assert [result["name"] for result in written["benches"]] == benches
+    for result in written["benches"]:
+        _check_result(result, written["settings"]["rounds"], done.stdout)
+    assert _run("--show", str(path)).stdout == done.stdout
+
+
+def _check_result(result: dict[str, typing.Any], rounds: int, printed: str) -> None:
+    bench = result["name"]
     assert result["includes"]
     assert {measure["name"] for measure in result["measures"]} == _MEASURES[bench]
+    measured = {name for measure in result["measures"] for name in measure["samples"]}
+    assert measured == _PEERS[bench] | {"shmsock"}
     for measure in result["measures"]:
         assert measure["subject"] == "shmsock"
-        assert measure["samples"].keys() == _PEERS[bench] | {"shmsock"}
-        assert {ratio["peer"] for ratio in measure["ratios"]} == _PEERS[bench]
+        peers = {ratio["peer"] for ratio in measure["ratios"]}
+        assert measure["samples"].keys() == peers | {"shmsock"}
         for samples in measure["samples"].values():
-            assert len(samples) == written["settings"]["rounds"]
+            assert len(samples) == rounds
             assert min(samples) > 0
-        assert measure["name"] in done.stdout
-    assert _run("--show", str(path)).stdout == done.stdout
+        assert measure["name"] in printed
 
 
 def test_the_list_names_every_bench() -> None:
@@ -223,6 +304,71 @@ def _start(pid: int) -> str | None:
     return None
 
 
+# -- pictures -----------------------------------------------------------------------------------
+
+_ENVIRONMENT_OF_A_RUN = {
+    "cpu": "a processor",
+    "cores_usable": 2,
+    "virtual_machine": True,
+    "load_average_before": [0.5, 0, 0],
+    "load_average_after": [1.5, 0, 0],
+    "kernel": "6.1.0-x",
+    "python": "CPython 3.11",
+    "packages": {"numpy": "2"},
+    "redis_server": None,
+    "engine": "py",
+    "commit": None,
+    "uncommitted_changes": None,
+}
+
+
+def _a_run(bench: str, measures: list[Measure]) -> dict[str, typing.Any]:
+    return {
+        "environment": _ENVIRONMENT_OF_A_RUN,
+        "settings": {"rounds": 2, "seconds": 1.0},
+        "benches": [{"name": bench, "measures": [measure.as_json() for measure in measures]}],
+    }
+
+
+def test_a_run_is_drawn_from_its_file_alone(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("matplotlib")
+    samples = {"shmsock": [1.0, 2.0], "redis-server": [3.0, 4.0]}
+    runs = {
+        "sharing": [Measure(name, "ns", "lower", samples) for name in sorted(_MEASURES["sharing"])],
+        "push": [
+            Measure("p50", "ns", "lower", samples, {n: quantiles(v) for n, v in samples.items()})
+        ],
+        "requests": [Measure(name, "ns", "lower", samples) for name in _MEASURES["requests"]],
+    }
+    run = _a_run("", [])
+    run["benches"] = [_a_run(bench, runs[bench])["benches"][0] for bench in runs]
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(run))
+    done = _run("--plot", str(path), "--pictures", str(tmp_path / "made"))
+    assert done.returncode == 0, done.stderr
+    assert [os.path.basename(line) for line in done.stdout.splitlines()] == [
+        f"{bench}.png" for bench in runs
+    ]
+    for bench in runs:
+        with open(tmp_path / "made" / f"{bench}.png", "rb") as file:
+            assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_run_without_pictures_and_a_file_that_is_none_are_refused(
+    tmp_path: pathlib.Path,
+) -> None:
+    path = tmp_path / "run.json"
+    measure = Measure("m", "ns", "lower", {"shmsock": [1.0], "peer": [1.0]})
+    path.write_text(json.dumps(_a_run("take", [measure])))
+    done = _run("--plot", str(path))
+    assert done.returncode == 1
+    assert "there is no picture of this run" in done.stderr
+    path.write_text("[]")
+    done = _run("--plot", str(path))
+    assert done.returncode == 1
+    assert "is no result of this bench" in done.stderr
+
+
 # -- the arithmetic -----------------------------------------------------------------------------
 
 
@@ -265,26 +411,6 @@ def test_rounds_turn_the_order_around_and_keep_samples_apart() -> None:
 
 def test_the_table_shows_median_ratio_and_its_range() -> None:
     measure = Measure("m", "ns", "lower", {"shmsock": [1500.0, 3000.0], "peer": [1000.0, 1000.0]})
-    environment = {
-        "cpu": "a processor",
-        "cores_usable": 2,
-        "virtual_machine": True,
-        "load_average_before": [0.5, 0, 0],
-        "load_average_after": [1.5, 0, 0],
-        "kernel": "6.1.0-x",
-        "python": "CPython 3.11",
-        "packages": {"numpy": "2"},
-        "redis_server": None,
-        "engine": "py",
-        "commit": None,
-        "uncommitted_changes": None,
-    }
-    text = render(
-        {
-            "environment": environment,
-            "settings": {"rounds": 2, "seconds": 1.0},
-            "benches": [{"measures": [measure.as_json()]}],
-        }
-    )
+    text = render(_a_run("a bench", [measure]))
     last = [cell.strip() for cell in text.splitlines()[-1].strip("|").split("|")]
     assert last == ["m (lower is better)", "peer", "2.25 µs", "1 µs", "2.25", "1.5 to 3"]

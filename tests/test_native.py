@@ -93,7 +93,8 @@ def test_table_tests_pass_under_the_address_and_undefined_behaviour_sanitizers(
     }
     done = run(
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_table.py",
-        "tests/test_engine_c.py", "-k", "not without_a_compiler and not missing", "-x",
+        "tests/test_engine_c.py", "tests/test_writing_turns.py", "-k",
+        "not without_a_compiler and not missing and not starves", "-x",
         cwd=tmp_path, env=environment, timeout=10 * WATCHDOG_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
