@@ -37,6 +37,7 @@ import typing
 import weakref
 
 from .errors import DescriptorError, SocketFailedError
+from .layout import SLOT_MASK
 from .runtime import Runtime, current
 from .socket import SocketRef
 from .writing import Writers
@@ -189,7 +190,7 @@ class abort_when_failed:
         runtime = self._runtime if self._runtime is not None else current()
         reference = runtime.address(self._sid)
         if reference is None:
-            raise SocketFailedError(*_error_of(runtime, self._sid))
+            raise SocketFailedError(*error_of(runtime, self._sid))
         self._reference = reference
         thread = _local.thread
         try:
@@ -458,12 +459,11 @@ def _uninstall(thread: _Thread) -> None:
     thread.installed, thread.previous = False, None
 
 
-def _error_of(runtime: Runtime, sid: int) -> tuple[int, str]:
-    reference = runtime.address_failed_as_well(sid)
-    if reference is None:
-        return errno.ENOTCONN, "the socket is gone"
-    with reference:
-        return reference.error
+def error_of(runtime: Runtime, sid: int) -> tuple[int, str]:
+    """Why a socket is of no use any more, as far as that is known."""
+    if sid & SLOT_MASK < runtime.slots:
+        return runtime._io.error_of(sid)
+    return errno.ENOTCONN, "the socket is gone"
 
 
 def _forked() -> None:

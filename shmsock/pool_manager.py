@@ -21,7 +21,6 @@ import collections.abc
 import concurrent.futures
 import contextlib
 import dataclasses
-import errno
 import functools
 import logging
 import multiprocessing
@@ -36,6 +35,7 @@ import typing
 import warnings
 from multiprocessing.reduction import ForkingPickler
 
+from .abort import error_of
 from .errors import PoolProcessDiedError, RuntimeNotFoundError, ShmsockError, SocketFailedError
 from .layout import Status
 from .pool_child import BEGUN, FAILED_TO_START, GRANTED, READY, REFUSED, RESULT, run_jobs
@@ -329,7 +329,7 @@ class Manager:
                 if gone:
                     self._queue = collections.deque(j for j in self._queue if j not in gone)
             for job in gone:
-                _fail(job, _error_of(runtime, typing.cast(int, job.client)))
+                _fail(job, SocketFailedError(*error_of(runtime, typing.cast(int, job.client))))
         now = time.monotonic()
         self._sweep_at = now + max(_SWEEP_S, 20 * (now - began))
 
@@ -399,8 +399,10 @@ class Manager:
         code = child.process.exitcode or 0
         error = PoolProcessDiedError(child.process.pid or 0, max(0, -code), max(0, code))
         child.process.close()
-        if not child.ending or code:
-            log.warning("pool %r: %s", self._name, error)
+        if not child.ending or code:  # a job's owner is told by the future
+            log.log(
+                logging.INFO if child.job else logging.WARNING, "pool %r: %s", self._name, error
+            )
         if not child.ready:
             self._birth_failed(child.error or error)
         job, child.job = child.job, None
@@ -524,12 +526,3 @@ def _is_gone(runtime: Runtime, client: int) -> bool:
         return runtime.status(client) is not Status.LIVE
     except ShmsockError:
         return False  # it is not for us to say
-
-
-def _error_of(runtime: Runtime, client: int) -> SocketFailedError:
-    with contextlib.suppress(ShmsockError):
-        reference = runtime.address_failed_as_well(client)
-        if reference is not None:
-            with reference:
-                return SocketFailedError(*reference.error)
-    return SocketFailedError(errno.ENOTCONN, "the socket is gone")
