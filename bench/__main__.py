@@ -17,14 +17,14 @@ import traceback
 import types
 import typing
 
-from . import convoy, deaths, environment, push, references, requests, table
+from . import convoy, deaths, environment, pool, push, references, requests, table
 from .measure import Bench, BrokenError, Plan, UnavailableError
 
 OK, FAILED, USAGE = 0, 1, 2
 FORMAT = 1  # of the JSON
 BENCHES: dict[str, Bench] = {
     bench.name: bench
-    for module in (references, convoy, push, requests, deaths)
+    for module in (references, convoy, push, pool, requests, deaths)
     for bench in module.BENCHES
 }
 _QUICK = Plan(seconds=0.1, rounds=2)

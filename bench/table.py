@@ -7,6 +7,8 @@ import typing
 _UNITS = {
     "ns": ((1e9, "s"), (1e6, "ms"), (1e3, "µs"), (1.0, "ns")),
     "1/s": ((1e6, "M/s"), (1e3, "k/s"), (1.0, "/s")),
+    "B": ((1e6, "MB"), (1e3, "kB")),
+    "%": (),
 }
 _HEAD = ("measure", "peer", "shmsock", "peer's", "shmsock / peer", "lowest to highest")
 
