@@ -265,29 +265,36 @@ def _watch(block: abort_when_failed, thread: _Thread) -> None:
             watcher = _Watcher()
             watcher.start()
             _watcher = watcher
-        _watcher.blocks.append((weakref.ref(block), thread))
-        _watcher.wake()
+        _watcher.add(block, thread)
 
 
 def _forget(block: abort_when_failed) -> None:
     """Be watched no more."""
     with _lock:
         if _watcher is not None:
-            _watcher.blocks[:] = [
-                pair for pair in _watcher.blocks if pair[0]() not in (None, block)
-            ]
+            _watcher.drop(lambda pair: pair.block() in (None, block))
+
+
+class _Pair(typing.NamedTuple):
+    """A block and its thread: what is local to a thread others cannot see."""
+
+    block: weakref.ref[abort_when_failed]
+    thread: _Thread
+    fd: int
 
 
 class _Watcher:
     """The thread that waits for clients to go; ends when it has had nothing to watch for a while.
 
+    Who opens a block puts its number into the epoll, and nobody is woken: a short job costs little.
+
     INVARIANT: one that ends is nobody's ``_watcher`` any more.
+    INVARIANT: all but the waiting is under the lock.
     """
 
     def __init__(self) -> None:
-        # Each with its thread: what is local to a thread others cannot see.
-        self.blocks: list[tuple[weakref.ref[abort_when_failed], _Thread]] = []
-        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.pairs: list[_Pair] = []
+        self._epoll = select.epoll()
         self.thread = threading.Thread(target=self._run, name="shmsock-abort", daemon=True)
 
     def start(self) -> None:
@@ -299,35 +306,41 @@ class _Watcher:
                 self.forget()
             raise
 
-    def wake(self) -> None:
-        """Have it look at what it watches; under the lock."""
-        if self._wake_fd >= 0:
-            os.eventfd_write(self._wake_fd, 1)
-
     def forget(self) -> None:
-        """Close its number; under the lock, or alone."""
-        fd, self._wake_fd = self._wake_fd, -1
-        if fd >= 0:
-            os.close(fd)
+        """Close its number."""
+        self._epoll.close()
+
+    def add(self, block: abort_when_failed, thread: _Thread) -> None:
+        """Watch a block."""
+        self.pairs.append(_Pair(weakref.ref(block), thread, block.fd))
+        if block.fd >= 0:
+            with contextlib.suppress(FileExistsError):  # of another block's
+                self._epoll.register(block.fd, 0)  # EPOLLHUP and EPOLLERR
+
+    def drop(self, is_over: typing.Callable[[_Pair], bool]) -> None:
+        """Watch some no more; before their numbers are closed."""
+        over = [pair for pair in self.pairs if is_over(pair)]
+        self.pairs[:] = [pair for pair in self.pairs if pair not in over]
+        left = {pair.fd for pair in self.pairs}
+        for fd in {pair.fd for pair in over} - left - {-1}:
+            with contextlib.suppress(OSError, ValueError):  # it had hung up
+                self._epoll.unregister(fd)
 
     def _run(self) -> None:
         # A signal taken here would not end a wait of the main thread.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         idle = False
+        happened: list[tuple[int, int]] = []
         while True:
-            poller = select.poll()
-            poller.register(self._wake_fd, select.POLLIN)
             with _lock:
-                if idle and not self.blocks:
+                for fd, _ in happened:
+                    self._hung_up(fd)
+                if idle and not self.pairs:
                     return self._end()
-                idle = not self.blocks
-                watched, wait_s = self._look(poller)
-            happened = {fd for fd, _ in poller.poll(wait_s * 1000)}
-            for block in watched:
-                block.hung_up = block.fd in happened
-            if self._wake_fd in happened:
-                with contextlib.suppress(BlockingIOError):
-                    os.eventfd_read(self._wake_fd)
+                idle = not self.pairs
+                wait_s = self._look()
+                epoll = self._epoll
+            happened = epoll.poll(wait_s)
 
     def _end(self) -> None:
         global _watcher
@@ -335,25 +348,37 @@ class _Watcher:
             _watcher = None
         self.forget()
 
-    def _look(self, poller: select.poll) -> tuple[list[abort_when_failed], float]:
-        """Interrupt where the client has gone, and poll the others; under the lock."""
-        watched, wait_s = [], _LOOK_S
-        for pair in self.blocks[:]:
-            block, thread = pair[0](), pair[1]
-            if block is None or not thread.thread.is_alive():  # it ended without closing
-                self.blocks.remove(pair)
-            elif block.said or (not block.failed and block.fd < 0):
+    def _hung_up(self, fd: int) -> None:
+        """A connection is over: from here on its blocks are looked at by time."""
+        for pair in self.pairs:
+            if pair.fd == fd and (block := pair.block()) is not None:
+                block.hung_up = True
+        try:
+            self._epoll.unregister(fd)
+        except OSError:
+            # A block that was dropped without being closed: its number is closed by now, and would
+            # be reported for ever.
+            self._epoll.close()
+            self._epoll = select.epoll()
+            for pair in self.pairs:
+                if pair.fd >= 0 and (block := pair.block()) is not None and not block.hung_up:
+                    with contextlib.suppress(OSError):
+                        self._epoll.register(pair.fd, 0)
+
+    def _look(self) -> float:
+        """Interrupt where the client has gone; when to look again."""
+        self.drop(lambda pair: pair.block() is None or not pair.thread.thread.is_alive())
+        wait_s = _LOOK_S
+        for pair in self.pairs:
+            block = pair.block()
+            if block is None or block.said or not (block.failed or block.hung_up):
                 continue
-            elif not block.failed and not block.hung_up:
-                poller.register(block.fd, 0)  # POLLHUP and POLLERR
-                watched.append(block)
-            else:
-                # Failed: until it has raised. Hung up: its owner is about to fail it.
-                if block.failed:
-                    _interrupt(block, thread)
-                wait_s = min(wait_s, block.again_s)
-                block.again_s = min(2 * block.again_s, _AGAIN_S[1])
-        return watched, wait_s
+            # Failed: until it has raised. Hung up: its owner is about to fail it.
+            if block.failed:
+                _interrupt(block, pair.thread)
+            wait_s = min(wait_s, block.again_s)
+            block.again_s = min(2 * block.again_s, _AGAIN_S[1])
+        return wait_s
 
 
 def _interrupt(block: abort_when_failed, thread: _Thread) -> None:
