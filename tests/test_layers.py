@@ -45,11 +45,13 @@ RANK = {
     "groups": 12,
     "runtime": 13,
     "__init__": 14,
-    "abort": 14,
-    "pool_child": 15,
-    "pool_manager": 16,
-    "pool_results": 17,
-    "pool": 18,
+    "abort_window": 14,
+    "abort": 15,
+    "pool_child": 16,
+    "pool_jobs": 17,
+    "pool_manager": 18,
+    "pool_results": 18,
+    "pool": 19,
 }
 
 PUBLIC_SUBMODULES = {"groups", "pool"}
