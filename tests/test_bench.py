@@ -29,6 +29,20 @@ _MEASURES = {
     "push": {
         f"push across workers, {figure}" for figure in ("p50", "p90", "p99", "time in the call p50")
     },
+    "pool": {
+        f"answer of {size}, {figure}"
+        for size in ("1 kB", "1 MB")
+        for figure in (
+            "latency p50",
+            "latency p99",
+            "CPU of the parent",
+            "bytes through the parent",
+        )
+    },
+    "gone": {
+        "1000 clients, half leave: CPU spent on who has left, of all it would cost",
+        "1000 clients, half leave: time until all is done",
+    },
     "requests": {
         f"{request}, -c 50 -P {pipeline}, {figure}"
         for request in ("PING inline", "PING mbulk", "ECHO")
@@ -66,6 +80,8 @@ _PEERS = {
         "Redis pub/sub, to the subscriber",
         "Redis pub/sub, forwarded to the client",
     },
+    "pool": {"through the parent"},
+    "gone": {"plain executor", "plain executor that cancels what is queued"},
     "requests": {"redis-server", "asyncio, no parsing", "uvloop, no parsing"},
     "take": {"posix_ipc acquire(), release()", "posix_ipc acquire(0), release()"},
     "holds": {"the kernel reports the death"},
