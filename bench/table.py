@@ -9,6 +9,7 @@ _UNITS = {
     "1/s": ((1e6, "M/s"), (1e3, "k/s"), (1.0, "/s")),
     "B": ((1 << 20, "MiB"), (1 << 10, "KiB"), (1.0, "B")),
     "x": ((1.0, "x"),),
+    "%": (),
 }
 _HEAD = ("measure", "peer", "shmsock", "peer's", "shmsock / peer", "lowest to highest")
 

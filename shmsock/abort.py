@@ -6,17 +6,8 @@ whose handler raises, so also out of a sleep or a blocking call; others by
 ``PyThreadState_SetAsyncExc``, at their next bytecode. A signal is sent again and again until the
 block has raised: one that came just before a blocking call would else be lost.
 
-What is sent to another thread is raised wherever that thread is by then. Each thread has a window:
-
-    watcher   takes the window, looks, sends, gives it back
-    thread    takes the window, takes back what was sent, opens or closes a block, gives it back
-
-    INVARIANT: with the window in a thread's hands nothing is on its way to it.
-    INVARIANT: to one thread at most one exception is under way.
-
-Taking the window is one atomic step that does no harm when repeated, so the thread repeats all of
-it until no exception has come between. Nobody joins a thread, or waits for a lock, with its window
-open.
+What is sent to another thread is raised wherever that thread is by then: abort_window.py has the
+handshake.
 
 SIGURG is used because nobody does, and because the kernel ignores one that comes late.
 """
@@ -24,22 +15,21 @@ SIGURG is used because nobody does, and because the kernel ignores one that come
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import select
 import signal
 import sys
 import threading
-import time
 import types
 import typing
 import weakref
 
+from .abort_window import WATCHER, ThreadState, depth_of, is_busy, is_lost, set_async
 from .errors import DescriptorError, SocketFailedError
+from .layout import SLOT_MASK
 from .runtime import Runtime, current
 from .socket import SocketRef
-from .writing import Writers
 
 ABORT_SIGNAL = signal.SIGURG
 _LOOK_S = 0.1  # where the kernel does not tell: no descriptor, or a winner killed before the end
@@ -49,57 +39,12 @@ _lock = threading.Lock()  # the watcher and what it watches; never waited for wi
 _watcher: _Watcher | None = None
 
 
-class _Thread:
-    """A thread's open blocks and its window."""
-
-    def __init__(self) -> None:
-        self.ident = threading.get_ident()
-        self.thread = threading.current_thread()
-        # Innermost last. Weak: one whose ``__exit__`` could not begin ends with its statement.
-        self.blocks: list[weakref.ref[abort_when_failed]] = []
-        self.window: dict[str, str] = {}  # "of": whose it is; empty while it is open
-        self.sent: abort_when_failed | None = None  # what is under way is about this block
-        self.by_signal = False
-        self.previous: typing.Any = None  # the signal's handler before ours
-        self.installed = self.blocked = False
-
-    def take(self, who: str) -> bool:
-        """Take the window; whether it is ours. One step, and again says the same."""
-        return self.window.setdefault("of", who) is who
-
-    def take_surely(self) -> None:
-        """Take the window for the thread itself; the watcher has it for a moment at most."""
-        while not self.take(_OWNER):
-            time.sleep(0)
-
-    def shut(self) -> None:
-        """Take the window, and take back what is under way; again after an AsyncAbort in it."""
-        self.take_surely()
-        if self.sent is not None:
-            _set_async(self.ident, None)
-            self.sent = None
-
-    def give(self) -> None:
-        """Open the window."""
-        self.window.pop("of", None)
-
-    def failed(self) -> abort_when_failed | None:
-        """The outermost open block whose client has gone and that has not raised."""
-        blocks = (reference() for reference in self.blocks)
-        return next((b for b in blocks if b is not None and b.failed and not b.said), None)
-
-    def remove(self, block: abort_when_failed) -> None:
-        """It is open no more."""
-        self.blocks[:] = [each for each in self.blocks if each() not in (None, block)]
-
-
 class _Local(threading.local):
     def __init__(self) -> None:
-        self.thread = _Thread()
+        self.thread = ThreadState()
 
 
 _local = _Local()
-_WATCHER, _OWNER = "watcher", "thread"
 
 
 class AsyncAbort(SocketFailedError):
@@ -119,7 +64,7 @@ class AsyncAbort(SocketFailedError):
         if (block := thread.sent) is not None:
             self._block = weakref.ref(block)
             code, text = block.say()
-            block.said = not _is_lost(frame)
+            block.said = not is_lost(frame)
         super().__init__(code, text)
         if frame.f_code is _EXIT and isinstance(ending := frame.f_locals.get("self"), _BLOCK):
             # Perhaps before its first line, so that it would never close: it is closed here. On
@@ -189,13 +134,13 @@ class abort_when_failed:
         runtime = self._runtime if self._runtime is not None else current()
         reference = runtime.address(self._sid)
         if reference is None:
-            raise SocketFailedError(*_error_of(runtime, self._sid))
+            raise SocketFailedError(*error_of(runtime, self._sid))
         self._reference = reference
         thread = _local.thread
         try:
             with contextlib.suppress(DescriptorError):  # then we look now and again
                 self.fd = reference.fileno()
-            self.depth = _depth(sys._getframe(1))
+            self.depth = depth_of(sys._getframe(1))
             self._open(thread)
             if reference.failed:
                 raise SocketFailedError(*self.say())
@@ -229,7 +174,7 @@ class abort_when_failed:
         reference = self._reference
         return reference.error if reference is not None else (errno.ENOTCONN, "the socket is gone")
 
-    def _open(self, thread: _Thread) -> None:
+    def _open(self, thread: ThreadState) -> None:
         """Be watched, with the window in this thread's hands from here on."""
         while True:
             try:
@@ -242,7 +187,7 @@ class abort_when_failed:
         thread.blocks.append(weakref.ref(self))
         _watch(self, thread)
 
-    def _close(self, thread: _Thread) -> None:
+    def _close(self, thread: ThreadState) -> None:
         """Undo ``_open``, as often as it is called, with nothing under way to this thread."""
         _forget(self)
         thread.remove(self)
@@ -256,7 +201,7 @@ class abort_when_failed:
 _BLOCK, _EXIT = abort_when_failed, abort_when_failed.__exit__.__code__
 
 
-def _watch(block: abort_when_failed, thread: _Thread) -> None:
+def _watch(block: abort_when_failed, thread: ThreadState) -> None:
     """Have the watcher look at a block; it is started if need be."""
     global _watcher
     with _lock:
@@ -264,29 +209,36 @@ def _watch(block: abort_when_failed, thread: _Thread) -> None:
             watcher = _Watcher()
             watcher.start()
             _watcher = watcher
-        _watcher.blocks.append((weakref.ref(block), thread))
-        _watcher.wake()
+        _watcher.add(block, thread)
 
 
 def _forget(block: abort_when_failed) -> None:
     """Be watched no more."""
     with _lock:
         if _watcher is not None:
-            _watcher.blocks[:] = [
-                pair for pair in _watcher.blocks if pair[0]() not in (None, block)
-            ]
+            _watcher.drop(lambda pair: pair.block() in (None, block))
+
+
+class _Pair(typing.NamedTuple):
+    """A block and its thread: what is local to a thread others cannot see."""
+
+    block: weakref.ref[abort_when_failed]
+    thread: ThreadState
+    fd: int
 
 
 class _Watcher:
     """The thread that waits for clients to go; ends when it has had nothing to watch for a while.
 
+    Who opens a block puts its number into the epoll, and nobody is woken: a short job costs little.
+
     INVARIANT: one that ends is nobody's ``_watcher`` any more.
+    INVARIANT: all but the waiting is under the lock.
     """
 
     def __init__(self) -> None:
-        # Each with its thread: what is local to a thread others cannot see.
-        self.blocks: list[tuple[weakref.ref[abort_when_failed], _Thread]] = []
-        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.pairs: list[_Pair] = []
+        self._epoll = select.epoll()
         self.thread = threading.Thread(target=self._run, name="shmsock-abort", daemon=True)
 
     def start(self) -> None:
@@ -298,35 +250,41 @@ class _Watcher:
                 self.forget()
             raise
 
-    def wake(self) -> None:
-        """Have it look at what it watches; under the lock."""
-        if self._wake_fd >= 0:
-            os.eventfd_write(self._wake_fd, 1)
-
     def forget(self) -> None:
-        """Close its number; under the lock, or alone."""
-        fd, self._wake_fd = self._wake_fd, -1
-        if fd >= 0:
-            os.close(fd)
+        """Close its number."""
+        self._epoll.close()
+
+    def add(self, block: abort_when_failed, thread: ThreadState) -> None:
+        """Watch a block."""
+        self.pairs.append(_Pair(weakref.ref(block), thread, block.fd))
+        if block.fd >= 0:
+            with contextlib.suppress(FileExistsError):  # of another block's
+                self._epoll.register(block.fd, 0)  # EPOLLHUP and EPOLLERR
+
+    def drop(self, is_over: typing.Callable[[_Pair], bool]) -> None:
+        """Watch some no more; before their numbers are closed."""
+        over = [pair for pair in self.pairs if is_over(pair)]
+        self.pairs[:] = [pair for pair in self.pairs if pair not in over]
+        left = {pair.fd for pair in self.pairs}
+        for fd in {pair.fd for pair in over} - left - {-1}:
+            with contextlib.suppress(OSError, ValueError):  # it had hung up
+                self._epoll.unregister(fd)
 
     def _run(self) -> None:
         # A signal taken here would not end a wait of the main thread.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         idle = False
+        happened: list[tuple[int, int]] = []
         while True:
-            poller = select.poll()
-            poller.register(self._wake_fd, select.POLLIN)
             with _lock:
-                if idle and not self.blocks:
+                for fd, _ in happened:
+                    self._hung_up(fd)
+                if idle and not self.pairs:
                     return self._end()
-                idle = not self.blocks
-                watched, wait_s = self._look(poller)
-            happened = {fd for fd, _ in poller.poll(wait_s * 1000)}
-            for block in watched:
-                block.hung_up = block.fd in happened
-            if self._wake_fd in happened:
-                with contextlib.suppress(BlockingIOError):
-                    os.eventfd_read(self._wake_fd)
+                idle = not self.pairs
+                wait_s = self._look()
+                epoll = self._epoll
+            happened = epoll.poll(wait_s)
 
     def _end(self) -> None:
         global _watcher
@@ -334,96 +292,51 @@ class _Watcher:
             _watcher = None
         self.forget()
 
-    def _look(self, poller: select.poll) -> tuple[list[abort_when_failed], float]:
-        """Interrupt where the client has gone, and poll the others; under the lock."""
-        watched, wait_s = [], _LOOK_S
-        for pair in self.blocks[:]:
-            block, thread = pair[0](), pair[1]
-            if block is None or not thread.thread.is_alive():  # it ended without closing
-                self.blocks.remove(pair)
-            elif block.said or (not block.failed and block.fd < 0):
+    def _hung_up(self, fd: int) -> None:
+        """A connection is over: from here on its blocks are looked at by time."""
+        for pair in self.pairs:
+            if pair.fd == fd and (block := pair.block()) is not None:
+                block.hung_up = True
+        try:
+            self._epoll.unregister(fd)
+        except OSError:
+            # A block that was dropped without being closed: its number is closed by now, and would
+            # be reported for ever.
+            self._epoll.close()
+            self._epoll = select.epoll()
+            for pair in self.pairs:
+                if pair.fd >= 0 and (block := pair.block()) is not None and not block.hung_up:
+                    with contextlib.suppress(OSError):
+                        self._epoll.register(pair.fd, 0)
+
+    def _look(self) -> float:
+        """Interrupt where the client has gone; when to look again."""
+        self.drop(lambda pair: pair.block() is None or not pair.thread.thread.is_alive())
+        wait_s = _LOOK_S
+        for pair in self.pairs:
+            block = pair.block()
+            if block is None or block.said or not (block.failed or block.hung_up):
                 continue
-            elif not block.failed and not block.hung_up:
-                poller.register(block.fd, 0)  # POLLHUP and POLLERR
-                watched.append(block)
-            else:
-                # Failed: until it has raised. Hung up: its owner is about to fail it.
-                if block.failed:
-                    _interrupt(block, thread)
-                wait_s = min(wait_s, block.again_s)
-                block.again_s = min(2 * block.again_s, _AGAIN_S[1])
-        return watched, wait_s
+            # Failed: until it has raised. Hung up: its owner is about to fail it.
+            if block.failed:
+                _interrupt(block, pair.thread)
+            wait_s = min(wait_s, block.again_s)
+            block.again_s = min(2 * block.again_s, _AGAIN_S[1])
+        return wait_s
 
 
-def _interrupt(block: abort_when_failed, thread: _Thread) -> None:
+def _interrupt(block: abort_when_failed, thread: ThreadState) -> None:
     """Have the block's thread raise; under the lock, so that the block is open."""
     if thread.by_signal:
         signal.pthread_kill(thread.ident, ABORT_SIGNAL)
-    elif thread.take(_WATCHER):
+    elif thread.take(WATCHER):
         try:
             frame = sys._current_frames().get(thread.ident)
-            if thread.sent is None and not block.said and not _is_busy(frame, block.depth):
+            if thread.sent is None and not block.said and not is_busy(frame, block.depth):
                 thread.sent = block
-                _set_async(thread.ident, AsyncAbort)
+                set_async(thread.ident, AsyncAbort)
         finally:
             thread.give()
-
-
-def _set_async(ident: int, error: type[AsyncAbort] | None) -> None:
-    # A null pointer takes back what was sent and not raised yet.
-    what = ctypes.py_object(error) if error is not None else ctypes.c_void_p()
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), what)
-
-
-_PACKAGE = os.path.dirname(__file__) + os.sep
-# Where a thread waits, and has no lock.
-_WAITING = {
-    function.__code__
-    for function in (SocketRef.flush, SocketRef.wait_writable, Writers._wait, Writers._poll)
-}
-_BEGINNING = 2  # bytes of bytecode: nothing but RESUME
-_ENDS = {"__exit__", "close", "__del__"}  # not to be left out
-
-
-def _depth(frame: types.FrameType | None) -> int:
-    """How many calls of this package a thread is in."""
-    depth = 0
-    while frame is not None:
-        depth += frame.f_code.co_filename.startswith(_PACKAGE)
-        frame = frame.f_back
-    return depth
-
-
-def _is_busy(frame: types.FrameType | None, depth: int) -> bool:
-    """Whether a thread is where it should not be interrupted: it will be somewhere else soon.
-
-    That is inside this package, where it may have a lock, or be in the middle of another client's
-    message; and in a finaliser, where what is raised is lost.
-    """
-    inside = False
-    if frame is not None and frame.f_lasti <= _BEGINNING and frame.f_code.co_name not in _ENDS:
-        # It has only just been called. WHY NOT later: a loop of numpy and ``ref.failed`` looks for
-        # signals nowhere else.
-        frame = frame.f_back
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name == "__del__":
-            return True
-        if not inside and code.co_filename.startswith(_PACKAGE):
-            if code not in _WAITING:
-                return _depth(frame) > depth
-            inside = True
-        frame = frame.f_back
-    return False
-
-
-def _is_lost(frame: types.FrameType | None) -> bool:
-    """Whether what is raised there only gets a line in the log."""
-    while frame is not None:
-        if frame.f_code.co_name == "__del__":
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _on_signal(number: int, frame: types.FrameType | None) -> None:
@@ -432,11 +345,11 @@ def _on_signal(number: int, frame: types.FrameType | None) -> None:
     if block is None:
         if callable(thread.previous):
             thread.previous(number, frame)
-    elif not thread.window and not _is_busy(frame, block.depth):  # else it is sent again
+    elif not thread.window and not is_busy(frame, block.depth):  # else it is sent again
         raise SocketFailedError(*block.say())
 
 
-def _install(thread: _Thread) -> bool:
+def _install(thread: ThreadState) -> bool:
     """Have the signal raise, in the main thread; false if the old handler is not Python's."""
     thread.previous = signal.getsignal(ABORT_SIGNAL)
     if thread.previous is None:
@@ -448,7 +361,7 @@ def _install(thread: _Thread) -> bool:
     return True
 
 
-def _uninstall(thread: _Thread) -> None:
+def _uninstall(thread: ThreadState) -> None:
     # A system call, so that one sent a moment ago comes now, to our handler: the next one might
     # already let it through to the old handler.
     signal.sigpending()
@@ -458,12 +371,11 @@ def _uninstall(thread: _Thread) -> None:
     thread.installed, thread.previous = False, None
 
 
-def _error_of(runtime: Runtime, sid: int) -> tuple[int, str]:
-    reference = runtime.address_failed_as_well(sid)
-    if reference is None:
-        return errno.ENOTCONN, "the socket is gone"
-    with reference:
-        return reference.error
+def error_of(runtime: Runtime, sid: int) -> tuple[int, str]:
+    """Why a socket is of no use any more, as far as that is known."""
+    if sid & SLOT_MASK < runtime.slots:
+        return runtime._io.error_of(sid)
+    return errno.ENOTCONN, "the socket is gone"
 
 
 def _forked() -> None:
@@ -471,7 +383,7 @@ def _forked() -> None:
     global _lock, _watcher
     thread = _local.thread
     if thread.sent is not None:
-        _set_async(thread.ident, None)
+        set_async(thread.ident, None)
         thread.sent = None
     _lock = threading.Lock()
     watcher, _watcher = _watcher, None
@@ -484,7 +396,7 @@ def _forked() -> None:
     thread.window.clear()
     if thread.installed and threading.current_thread() is threading.main_thread():
         _uninstall(thread)
-    _local.thread = _Thread()
+    _local.thread = ThreadState()
 
 
 os.register_at_fork(after_in_child=_forked)

@@ -19,6 +19,7 @@ CRASH, after each:
 
 from __future__ import annotations
 
+import collections
 import collections.abc
 import contextlib
 import dataclasses
@@ -69,7 +70,8 @@ class HandOver:
         self._engine = runtime._engine
         self._segment = runtime._segment
         self._offers: dict[int, Offer] = {}
-        self._hints: dict[int, list[int]] = {}
+        self._hints: collections.deque[tuple[int, int]] = collections.deque()
+        self._telling = False
         self._looking = False
 
     # -- giving ---------------------------------------------------------------------------------
@@ -97,13 +99,19 @@ class HandOver:
 
     def _hint(self, index: int, sid: int) -> None:
         """Have the host pass the descriptor on; what is offered in one turn goes together."""
-        if not self._hints:
+        # ORDER: the hint before the call, which another thread may run at once.
+        self._hints.append((index, sid))
+        if not self._telling:
+            self._telling = True
             self._runtime._service.call_soon(self._tell_host)
             self._runtime._service.ensure()
-        self._hints.setdefault(index, []).append(sid)
 
     def _tell_host(self) -> None:
-        hints, self._hints = self._hints, {}
+        self._telling = False  # ORDER: before the look at the hints: who comes later calls again
+        hints: dict[int, list[int]] = {}
+        while self._hints:
+            index, sid = self._hints.popleft()
+            hints.setdefault(index, []).append(sid)
         for index, sids in hints.items():
             if self._runtime.is_host:
                 self.route(index, sids)

@@ -23,7 +23,8 @@ import weakref
 from .abort import abort_when_failed
 from .errors import OwnershipError, PoolProcessDiedError
 from .pool_child import initializer
-from .pool_manager import Fallback, Manager, Settings
+from .pool_jobs import Fallback, Settings
+from .pool_manager import Manager
 from .pool_results import AsyncResult, Callback, Future, Results
 
 __all__ = [

@@ -20,8 +20,6 @@ import collections
 import collections.abc
 import concurrent.futures
 import contextlib
-import dataclasses
-import errno
 import functools
 import logging
 import multiprocessing
@@ -34,70 +32,30 @@ import threading
 import time
 import typing
 import warnings
-from multiprocessing.reduction import ForkingPickler
 
-from .errors import PoolProcessDiedError, RuntimeNotFoundError, ShmsockError, SocketFailedError
-from .layout import Status
-from .pool_child import BEGUN, FAILED_TO_START, GRANTED, READY, REFUSED, RESULT, run_jobs
-from .runtime import Runtime, find
+from .abort import error_of
+from .errors import PoolProcessDiedError, RuntimeNotFoundError, SocketFailedError
+from .pool_child import BEGUN, FAILED_TO_START, READY, REFUSED, RESULT, run_jobs
+from .pool_jobs import (
+    Child,
+    Job,
+    Settings,
+    fail,
+    finish,
+    is_gone,
+    log_fallback,
+    offered,
+    packed,
+)
+from .runtime import find
 
 log = logging.getLogger("shmsock")
-
-Fallback = collections.abc.Callable[[int, Exception], object]
 
 _SWEEP_S = 0.05
 _BIRTHS = 3  # so many children in a row that die before they are ready are no accident
 _END_S = 10.0
 _LEND_S = 3.0  # how long a socket that is in mid-message is waited for
 _LEND_AGAIN_S = 5e-3
-
-
-@dataclasses.dataclass(eq=False)
-class Job:
-    """A call on its way."""
-
-    data: bytes
-    future: concurrent.futures.Future[typing.Any]
-    client: int | None
-    own: bool = False
-    fallback: bool = False  # it is the fallback of another job
-    begun: bool = False
-    tries: int = 0
-
-
-@dataclasses.dataclass(eq=False)
-class Child:
-    """A pool process."""
-
-    process: multiprocessing.process.BaseProcess
-    connection: multiprocessing.connection.Connection
-    ready: bool = False
-    error: Exception | None = None  # why its initializer failed
-    job: Job | None = None
-    jobs: int = 0  # how many it was given
-    ending: bool = False  # it was told to
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How a pool's children are made.
-
-    Attributes:
-        name: The runtime's.
-        max_workers: How many at most.
-        context: Of multiprocessing.
-        fallback: Answers clients of jobs that died with their child.
-        initializer: Called in each child before its first job, with ``initargs``.
-        max_tasks: After so many jobs a child is replaced; 0: never.
-    """
-
-    name: str
-    max_workers: int
-    context: multiprocessing.context.BaseContext
-    fallback: Fallback | None = None
-    initializer: collections.abc.Callable[..., object] | None = None
-    initargs: tuple[typing.Any, ...] = ()
-    max_tasks: int = 0
 
 
 class Manager:
@@ -139,7 +97,7 @@ class Manager:
         future: concurrent.futures.Future[typing.Any] = concurrent.futures.Future()
         try:
             owner = self._index() if own else None
-            data = _packed(function, args, kwargs, client, owner)
+            data = packed(function, args, kwargs, client, owner)
         except Exception as error:
             future.set_exception(error)  # as concurrent.futures does
             return future
@@ -237,7 +195,7 @@ class Manager:
             os.close(fd)
             for job in left:
                 job.future.cancel()
-                _fail(job, concurrent.futures.CancelledError("the pool was terminated"))
+                fail(job, concurrent.futures.CancelledError("the pool was terminated"))
 
     def _is_over(self) -> bool:
         with self._lock:
@@ -296,7 +254,7 @@ class Manager:
             self._broken = error
             jobs, self._queue = list(self._queue), collections.deque()
         for job in jobs:
-            _fail(job, error)
+            fail(job, error)
 
     def _dispatch(self) -> None:
         for child in self._children[:]:
@@ -325,11 +283,11 @@ class Manager:
         if runtime is not None:
             with self._lock:
                 jobs = [job for job in self._queue if job.client is not None and not job.tries]
-                gone = {job for job in jobs if _is_gone(runtime, typing.cast(int, job.client))}
+                gone = {job for job in jobs if is_gone(runtime, typing.cast(int, job.client))}
                 if gone:
                     self._queue = collections.deque(j for j in self._queue if j not in gone)
             for job in gone:
-                _fail(job, _error_of(runtime, typing.cast(int, job.client)))
+                fail(job, SocketFailedError(*error_of(runtime, typing.cast(int, job.client))))
         now = time.monotonic()
         self._sweep_at = now + max(_SWEEP_S, 20 * (now - began))
 
@@ -382,12 +340,12 @@ class Manager:
             try:
                 value = pickle.loads(memoryview(message)[1:])
             except BaseException as error:
-                _fail(job, error)
+                fail(job, error)
                 return
             if kind == RESULT:
-                _finish(job, value)
+                finish(job, value)
             else:
-                _fail(job, value)
+                fail(job, value)
 
     def _died(self, child: Child) -> None:
         self._children.remove(child)
@@ -399,8 +357,10 @@ class Manager:
         code = child.process.exitcode or 0
         error = PoolProcessDiedError(child.process.pid or 0, max(0, -code), max(0, code))
         child.process.close()
-        if not child.ending or code:
-            log.warning("pool %r: %s", self._name, error)
+        if not child.ending or code:  # a job's owner is told by the future
+            log.log(
+                logging.INFO if child.job else logging.WARNING, "pool %r: %s", self._name, error
+            )
         if not child.ready:
             self._birth_failed(child.error or error)
         job, child.job = child.job, None
@@ -412,14 +372,14 @@ class Manager:
             return
         if job.client is not None and self._settings.fallback is not None and not job.fallback:
             self._fall_back(job.client, error)
-        _fail(job, error)
+        fail(job, error)
 
     def _fall_back(self, client: int, error: PoolProcessDiedError) -> None:
         """Ahead of all others: a client has been waiting."""
         future: concurrent.futures.Future[typing.Any] = concurrent.futures.Future()
-        future.add_done_callback(_log_fallback)
+        future.add_done_callback(log_fallback)
         try:
-            data = _packed(self._settings.fallback, (client, error), {}, client, None)
+            data = packed(self._settings.fallback, (client, error), {}, client, None)
         except Exception as failure:
             future.set_exception(failure)
             return
@@ -444,7 +404,7 @@ class Manager:
         child.process.close()
         if child.job is not None:
             job, child.job = child.job, None
-            _fail(job, self._broken or concurrent.futures.CancelledError("the pool was terminated"))
+            fail(job, self._broken or concurrent.futures.CancelledError("the pool was terminated"))
 
     # -- lending a socket -----------------------------------------------------------------------
 
@@ -456,7 +416,7 @@ class Manager:
         deadline = time.monotonic() + _LEND_S
 
         def offer() -> None:  # in the dispatcher's loop
-            verdict = _offered(runtime, typing.cast(int, job.client), index)
+            verdict = offered(runtime, typing.cast(int, job.client), index)
             if verdict is None and time.monotonic() < deadline:
                 again = functools.partial(runtime._hand_over._tell, offer)
                 runtime._service.call_later(_LEND_AGAIN_S, again)
@@ -471,65 +431,3 @@ class Manager:
         if child in self._children and child.job is job:
             with contextlib.suppress(OSError):  # its death is heard of
                 child.connection.send_bytes(verdict)
-
-
-def _offered(runtime: Runtime, client: int, index: int) -> bytes | None:
-    """Offer a socket of ours to a child; None while it is in the middle of a message."""
-    try:
-        reference = runtime.address(client)
-        if reference is None:
-            return GRANTED  # the job finds that it has failed
-        with reference:
-            if reference.hand_over(index):
-                return GRANTED
-            if reference.busy:
-                return None
-            return REFUSED + b"it is not this process's to lend"
-    except (ShmsockError, ValueError) as error:
-        return REFUSED + str(error).encode()
-
-
-def _packed(
-    function: typing.Any,
-    args: tuple[typing.Any, ...],
-    kwargs: dict[str, typing.Any],
-    client: int | None,
-    owner: int | None,
-) -> bytes:
-    """A message to a child; ``owner`` is the process that lends the client's socket."""
-    job = bytes(ForkingPickler.dumps((function, args, kwargs)))
-    return pickle.dumps((client if client is None else int(client), owner, job))
-
-
-def _finish(job: Job, value: object) -> None:
-    with contextlib.suppress(concurrent.futures.InvalidStateError):
-        job.future.set_result(value)
-
-
-def _fail(job: Job, error: BaseException) -> None:
-    with contextlib.suppress(concurrent.futures.InvalidStateError):
-        if job.tries or job.future.set_running_or_notify_cancel():
-            job.future.set_exception(error)
-
-
-def _log_fallback(future: concurrent.futures.Future[typing.Any]) -> None:
-    if not future.cancelled() and (error := future.exception()) is not None:
-        if isinstance(error, SocketFailedError):
-            return  # the client has gone: there is nobody to answer
-        log.error("a fallback failed: %r", error)
-
-
-def _is_gone(runtime: Runtime, client: int) -> bool:
-    try:
-        return runtime.status(client) is not Status.LIVE
-    except ShmsockError:
-        return False  # it is not for us to say
-
-
-def _error_of(runtime: Runtime, client: int) -> SocketFailedError:
-    with contextlib.suppress(ShmsockError):
-        reference = runtime.address_failed_as_well(client)
-        if reference is not None:
-            with reference:
-                return SocketFailedError(*reference.error)
-    return SocketFailedError(errno.ENOTCONN, "the socket is gone")

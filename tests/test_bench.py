@@ -53,6 +53,20 @@ _MEASURES = {
         for how in ("by groups.broadcast", "by the hub's PUBLISH", "by 16 PUBLISH in a pipeline")
         for figure in ("deliveries per CPU-second", "until all have it")
     },
+    "pool": {
+        f"answer of {size}, {figure}"
+        for size in ("1 kB", "1 MB")
+        for figure in (
+            "latency p50",
+            "latency p99",
+            "CPU of the parent",
+            "bytes through the parent",
+        )
+    },
+    "gone": {
+        "1000 clients, half leave: CPU spent on who has left, of all it would cost",
+        "1000 clients, half leave: time until all is done",
+    },
     "requests": {
         f"{request}, -c 50 -P {pipeline}, {figure}"
         for request in ("PING inline", "PING mbulk", "ECHO")
@@ -141,6 +155,8 @@ _PEERS = {
         "Manager proxy in the owner",
     },
     "fanout": {"redis-server"},
+    "pool": {"through the parent"},
+    "gone": {"plain executor", "plain executor that cancels what is queued"},
     "requests": {"redis-server", "asyncio, no parsing", "uvloop, no parsing"},
     "accept": {
         "shmsock, the supervisor accepts",

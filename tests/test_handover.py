@@ -95,6 +95,30 @@ def test_what_comes_while_it_is_offered_is_read_by_whoever_has_it_then(runtime: 
             check(runtime)
 
 
+def test_an_offer_by_a_thread_is_told_of_although_the_service_thread_is_quick(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with echo_worker(runtime) as (peer, index):
+        peer.run("rt._hand_over.tick = lambda: None")  # it is the message that brings it
+        ours, client = socket.socketpair()
+        with client:
+            for _ in range(2):
+                sid = runtime.create_socket(ours)
+                monkeypatch.setattr(runtime._service, "call_soon", lambda call: call())
+                with runtime.address(sid) as ref:  # type: ignore[union-attr]
+                    assert ref.hand_over(index)
+                monkeypatch.undo()
+                moved(runtime, sid, index)
+                client.settimeout(60)
+                assert ask(client, b"hello") == b"hello"
+                runtime.set_failed(sid)
+                client.close()
+                ours, client = socket.socketpair()
+            ours.close()
+            client.close()
+        check(runtime)
+
+
 def test_it_goes_round_and_comes_back(runtime: Runtime) -> None:
     with giver(runtime) as (first, a), giver(runtime) as (second, b):
         for peer in (first, second):  # it is the messages that bring it, not the timers

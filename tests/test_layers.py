@@ -51,11 +51,13 @@ RANK = {
     "participant": 15,
     "runtime": 16,
     "__init__": 17,
-    "abort": 17,
-    "pool_child": 18,
-    "pool_manager": 19,
-    "pool_results": 20,
-    "pool": 21,
+    "abort_window": 17,
+    "abort": 18,
+    "pool_child": 19,
+    "pool_jobs": 20,
+    "pool_manager": 21,
+    "pool_results": 21,
+    "pool": 22,
 }
 
 PUBLIC_SUBMODULES = {"groups", "pool"}

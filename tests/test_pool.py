@@ -127,6 +127,11 @@ def write_after(sid: int, path: str) -> str:
     return "sent"
 
 
+def answer_when(sid: int, path: str) -> None:
+    wait_for(path)
+    answer(sid, b"at last")
+
+
 def raise_value_error(text: str) -> None:
     raise ValueError(text)
 
@@ -512,6 +517,41 @@ def test_children_end_when_the_parent_is_killed(runtime: shmsock.Runtime, method
         parent.kill()
     wait_until(lambda: not any(is_running(pid) for pid in pids))
     wait_until(lambda: alone(runtime))
+
+
+def test_jobs_of_a_killed_parent_end_with_its_clients_or_answer_those_of_others(
+    runtime: shmsock.Runtime, tmp_path: typing.Any
+) -> None:
+    ours, peers = connected()
+    others = runtime.create_socket(ours)  # its owner lives on
+    go, running = str(tmp_path / "go"), str(tmp_path / "running")
+    with Peer(runtime.name) as parent, peers:
+        parent.run("""
+            import multiprocessing, shmsock.pool, socket
+            from tests import test_pool
+            pool = shmsock.pool.ProcessPoolExecutor(
+                rt.name, 2, mp_context=multiprocessing.get_context("spawn"))
+            mine, theirs = socket.socketpair()
+            sid = rt.create_socket(mine)
+        """)
+        parent.run(f"""
+            queued = pool.submit(test_pool.answer_when, {others}, {go!r}, client={others})
+            running = pool.submit(test_pool.sleep, {running!r}, client=sid)
+            late = [pool.submit(test_pool.answer, {others}, b"late") for _ in range(3)]
+        """)
+        started(running)
+        pids = parent.ask("pool.pids()")
+        parent.kill()
+        wait_until(lambda: sum(map(is_running, pids)) == 1, "one job had a client of the parent's")
+        open(go, "w").close()
+        peers.settimeout(WATCHDOG_S)
+        assert peers.recv(100) == b"at last"
+        wait_until(lambda: not any(map(is_running, pids)))
+        # What was queued in the parent has died with it.
+        wait_until(lambda: alone(runtime))
+        peers.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            peers.recv(100)
 
 
 def is_running(pid: int) -> bool:

@@ -195,7 +195,7 @@ def test_other_threads_are_taken_out_at_their_next_bytecode(
     for thread in threads:
         thread.start()
     inside.wait(WATCHDOG_S)
-    wait_until(lambda: abort._watcher is not None and len(abort._watcher.blocks) == 3)
+    wait_until(lambda: abort._watcher is not None and len(abort._watcher.pairs) == 3)
     runtime.set_failed(client, errno.ECONNRESET, "closed the tab")
     for thread in threads:
         thread.join()
