@@ -25,7 +25,6 @@
  * `engine.lock`; then everybody here waits for it, without the GIL.
  */
 #define _GNU_SOURCE
-#define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <structmember.h>
 

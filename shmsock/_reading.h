@@ -72,8 +72,8 @@ Reference_set_busy(Reference *self, PyObject *value, void *Py_UNUSED(closure))
         return -1;
     Table *t = &self->engine->table;
     uint32_t slot = (uint32_t)(self->sid & SLOT_MASK);
-    if (!busy && self->engine->descriptors[slot].first && leave(self->engine, slot) < 0)
-        return -1; /* idle is: every answer is out */
+    if (!busy && self->engine->collected_left && leave_all(self->engine) < 0)
+        return -1; /* idle is: every answer is out, and what was said to others before it */
     PUT(busy, slot, (uint8_t)busy);
     return 0;
 }
@@ -95,7 +95,7 @@ Reference_unwritten_bytes(Reference *self, PyObject *Py_UNUSED(ignored))
 {
     Engine *engine = self->engine;
     uint32_t slot = (uint32_t)(self->sid & SLOT_MASK);
-    if (engine->descriptors[slot].first && leave(engine, slot) < 0)
+    if (engine->collected_left && leave_all(engine) < 0)
         return NULL;
     if (engine->descriptors[slot].sid == self->sid && !engine->descriptors[slot].queued)
         return PyLong_FromLong(0);

@@ -65,17 +65,23 @@ Engine_create(Engine *self, PyObject *args, PyObject *kwargs)
     static char *names[] = {"owner", "inode", "kind", "on_owner_death", "peer", "user_data",
                             "made",  NULL};
     Call call = {.new = {.peer = "", .user_data = ""}};
-    PyObject *made = Py_None;
+    PyObject *made = Py_None, *peer = NULL, *user_data = NULL;
     unsigned long long owner, inode = 0;
-    Py_ssize_t peer_bytes = 0, user_data_bytes = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "K|Kbby#y#O", names, &owner, &inode,
-                                     &call.new.kind, &call.new.on_owner_death, &call.new.peer,
-                                     &peer_bytes, &call.new.user_data, &user_data_bytes, &made))
+    /* WHY NOT "y#": what 3.13 compiles of it does not run on 3.11. */
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "K|KbbSSO", names, &owner, &inode,
+                                     &call.new.kind, &call.new.on_owner_death, &peer, &user_data,
+                                     &made))
         return NULL;
     call.new.owner = owner;
     call.new.inode = inode;
-    call.new.peer_bytes = (size_t)peer_bytes;
-    call.new.user_data_bytes = (size_t)user_data_bytes;
+    if (peer != NULL) {
+        call.new.peer = PyBytes_AsString(peer);
+        call.new.peer_bytes = (size_t)PyBytes_Size(peer);
+    }
+    if (user_data != NULL) {
+        call.new.user_data = PyBytes_AsString(user_data);
+        call.new.user_data_bytes = (size_t)PyBytes_Size(user_data);
+    }
     int result = create_anywhere(self, &call);
     if (result == RAISED)
         return NULL;
@@ -248,12 +254,11 @@ body_set_user_data(Engine *self, Call *call)
 static PyObject *
 Engine_set_user_data(Engine *self, PyObject *args)
 {
-    PyObject *id;
-    const char *data;
-    Py_ssize_t length;
-    if (!PyArg_ParseTuple(args, "Oy#", &id, &data, &length))
+    PyObject *id, *data;
+    if (!PyArg_ParseTuple(args, "OS", &id, &data))
         return NULL;
-    return run_on(self, id, body_set_user_data, (Call){.text = data, .length = (size_t)length});
+    return run_on(self, id, body_set_user_data,
+                  (Call){.text = PyBytes_AsString(data), .length = (size_t)PyBytes_Size(data)});
 }
 
 static PyObject *

@@ -101,6 +101,9 @@ class Manager:
         except Exception as error:
             future.set_exception(error)  # as concurrent.futures does
             return future
+        runtime = None if client is None else find(self._name)
+        if runtime is not None:  # what we wrote to the client comes before what the job writes
+            runtime.unwritten_bytes()
         self._put(Job(data, future, client, own))
         return future
 

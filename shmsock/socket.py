@@ -153,7 +153,7 @@ class SocketRef(Reference):
         io = self._io
         segment = io.open_segment()
         if not busy:  # ORDER: the answers are out before anybody may take it for idle
-            io.writers.turns.send_collected(self.id)
+            io.writers.turns.send_all_collected()
         segment.cells.busy[self.id & SLOT_MASK] = busy
 
     def count_messages(self, count: int) -> None:

@@ -302,8 +302,12 @@ class Writers:
     # -- the queue ------------------------------------------------------------------------------
 
     def unwritten_bytes(self, sid: int) -> int:
-        """How much waits in this process for a socket; what this turn has kept is sent first."""
-        self.turns.send_collected(sid)
+        """How much waits in this process for a socket; what this turn has kept is sent first.
+
+        WHY NOT this socket's alone: an answer that overtakes what was said to others before it lets
+        its reader act on something that the others have not heard.
+        """
+        self.turns.send_all_collected()
         queue = self._queues.get(sid)
         return queue.unwritten if queue is not None else 0
 
