@@ -191,7 +191,9 @@ class Accepting:
             return
         # To the end of the row, before we accept: who connects meanwhile wakes another.
         self._unwatch(sid)
-        if ahead > max(_FAR_AHEAD[1], _FAR_AHEAD[0] * self._fewest):
+        # Of those that were accepted a moment ago most have ended, or are about to.
+        staying = ahead - len(self._undeposited)
+        if staying > max(_FAR_AHEAD[1], _FAR_AHEAD[0] * self._fewest):
             # Those who wait are everybody's, so nobody is kept waiting by a worker that cannot
             # come: what is there after this is ours all the same.
             self._dispatcher.call_later(_ASIDE_S, functools.partial(self._come_back, sid))
