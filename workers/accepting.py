@@ -51,7 +51,7 @@ NOT_NOW = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 _LOOK_EVERY_S = 0.1
 _LISTENERS_EVERY = 5  # looks: they seldom change
-_BATCH = 16  # then others have a turn, and what was accepted is deposited
+_BATCH = 32  # then others have a turn, and what was accepted is deposited
 _COUNT_FOR_S = 0.02  # how long a look at the table is good for
 _ASIDE_S = 0.002
 # Most short connections have ended by then: a duplicate of each would cost as much as serving it.
