@@ -52,6 +52,8 @@ Engine_accept(Engine *self, PyObject *args)
     unsigned char fate, tcp, local;
     if (!PyArg_ParseTuple(args, "iKbbb", &listener, &owner, &fate, &tcp, &local))
         return NULL;
+    if ((self->closed || self->foreign) && check_participation(self) < 0)
+        return NULL; /* before anybody is taken out of the backlog */
     struct sockaddr_storage address = {0};
     socklen_t length = sizeof address;
     int number, code;

@@ -318,7 +318,8 @@ class Runtime(Participant):
 
         If killed: before the slot is LIVE the connection ends; after, as of ``create_socket``.
         """
-        self._check()
+        if self._engine.closed or self._segment.header[_POISONED]:  # in a forked child too
+            self._check()
         word = self._engine.word if owner is None else self._word_of(owner)
         fate = ON_OWNER_DEATH.index(on_owner_death)
         fd, inode, sid = self._engine.accept(listener.fileno(), word, fate, _TCP, _UNIX)

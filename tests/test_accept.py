@@ -15,7 +15,7 @@ import pytest
 import shmsock
 from shmsock import Dispatcher, Runtime, Status, TableFullError
 
-from .helpers import Peer, read_to_end, wait_until
+from .helpers import Forked, Peer, read_to_end, wait_until
 
 FAMILIES: dict[str, typing.Any] = {"tcp": ("127.0.0.1", 0), "tcp6": ("::1", 0), "unix": ""}
 
@@ -327,3 +327,23 @@ def test_calls_that_the_loop_makes_itself_cost_no_wake_up(
     assert sorted(order) == ["dispatcher", "later", "service"]
     assert woken == []
     dispatcher.close()
+
+
+def test_a_forked_child_accepts_as_a_process_of_its_own(runtime: Runtime) -> None:
+    with listening() as listener, connect(listener) as client:
+
+        def accepts() -> tuple[int, int, int]:
+            sid = runtime.accept(listener)
+            ref = runtime.address(sid)
+            assert ref is not None
+            with ref:
+                ref.write(b"from the child")
+            row = runtime.sockets()[runtime.sockets()["id"] == sid][0]
+            return runtime.index, int(row["owner"]), len(runtime.audit())
+
+        with Forked(accepts) as child:
+            index, owner, problems = child.result()
+        assert (index, problems) == (owner, 0)
+        assert index != runtime.index
+        assert read_to_end(client) == b"from the child"
+    wait_until(lambda: runtime.in_use() == 0, "its slot comes back")

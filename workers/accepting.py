@@ -27,6 +27,7 @@ import errno
 import functools
 import logging
 import os
+import select
 import socket
 import time
 
@@ -49,7 +50,8 @@ RAISE_LIMIT = "others wait in the backlog; raise the open-files limit (ulimit -n
 NOT_NOW = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 _LOOK_EVERY_S = 0.1
-_BATCH = 16  # then others have a turn, and what was accepted is deposited
+_LISTENERS_EVERY = 5  # looks: they seldom change
+_BATCH = 32  # then others have a turn, and what was accepted is deposited
 _COUNT_FOR_S = 0.02  # how long a look at the table is good for
 _ASIDE_S = 0.002
 # Most short connections have ended by then: a duplicate of each would cost as much as serving it.
@@ -91,6 +93,7 @@ class Accepting:
         self._told: set[str] = set()
         self._paused = self._closed = False
         self._counted_s = 0.0
+        self._looks = 0
         self._fewest = 0  # connections of the worker that has the fewest, without us
         self._room = self._kept_room = 0  # how many we may accept before we count again
         dispatcher.call_later(0.0, self._look_again)
@@ -113,14 +116,23 @@ class Accepting:
             for sid in list(self._watched):  # others go on with the backlog
                 self._unwatch(sid)
             return
-        listeners = self._runtime.listeners()
-        for sid in set(self._listeners).difference(listeners):
-            self._forget(sid)
-        for sid in listeners:
-            if sid not in self._listeners:
-                self._adopt(sid)
+        self._looks += 1
+        if self._looks % _LISTENERS_EVERY == 1:
+            listeners = self._runtime.listeners()
+            for sid in set(self._listeners).difference(listeners):
+                self._forget(sid)
+            for sid in listeners:
+                if sid not in self._listeners:
+                    self._adopt(sid)
+        if self._paused or not self._listeners:
+            return
+        poller = select.poll()
+        for sid, sock in self._listeners.items():
+            self._watch(sid)
+            poller.register(sock, select.POLLIN)
+        waiting = {fd for fd, _ in poller.poll(0)}
+        for sid in [sid for sid, sock in self._listeners.items() if sock.fileno() in waiting]:
             if sid in self._listeners and not self._paused:
-                self._watch(sid)
                 self._accept(sid)
 
     def _adopt(self, sid: int) -> None:
@@ -179,7 +191,9 @@ class Accepting:
             return
         # To the end of the row, before we accept: who connects meanwhile wakes another.
         self._unwatch(sid)
-        if ahead > max(_FAR_AHEAD[1], _FAR_AHEAD[0] * self._fewest):
+        # Of those that were accepted a moment ago most have ended, or are about to.
+        staying = ahead - len(self._undeposited)
+        if staying > max(_FAR_AHEAD[1], _FAR_AHEAD[0] * self._fewest):
             # Those who wait are everybody's, so nobody is kept waiting by a worker that cannot
             # come: what is there after this is ours all the same.
             self._dispatcher.call_later(_ASIDE_S, functools.partial(self._come_back, sid))

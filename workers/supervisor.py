@@ -542,6 +542,8 @@ class Supervisor:
         try:
             for _ in range(min(ACCEPT_BATCH, max(1, self._keeps - self._in_use))):
                 if self._in_use >= self.config.max_connections:
+                    self._in_use = self.runtime.connections()  # some may have left since
+                if self._in_use >= self.config.max_connections:
                     self._turn_away(
                         listener.accept()[0], f"--max-connections {self.config.max_connections}"
                     )
