@@ -12,7 +12,7 @@ import pytest
 
 from workers.listeners import Listener, check_path, split_address
 
-from .helpers import WATCHDOG_S, read_to_end
+from .helpers import WATCHDOG_S, read_to_end, wait_until
 from .servers import Client, Server, new_name, shmsock_command
 
 
@@ -142,6 +142,32 @@ def test_an_address_that_is_taken_or_not_ours_is_named() -> None:
             Listener(address, 5)
     with pytest.raises(OSError, match=r"192\.0\.2\.77:80"):
         Listener("192.0.2.77:80", 5)
+
+
+@pytest.mark.parametrize("mode", ["supervisor", "workers"])
+def test_a_listener_that_somebody_fails_ends_and_everything_else_goes_on(mode: str) -> None:
+    bind = ["127.0.0.1:0", "127.0.0.1:0"]
+    with Server("--accept", mode, bind=bind) as server, server.client() as before:
+        first, second = (int(address.rpartition(":")[2]) for address in server.addresses)
+        with server.attach() as runtime:
+            rows = runtime.sockets()
+            (sid,) = rows["id"][rows["inode"] == inode_of_listener(first)]
+            assert runtime.set_failed(int(sid))
+        with Client(socket.create_connection(("127.0.0.1", second))) as client:
+            assert client.call("PING") == before.call("PING") == "PONG"
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", first), WATCHDOG_S)
+        if mode == "supervisor":
+            told = f"nobody listens at {server.addresses[0]} any more"
+            wait_until(lambda: server.log().count(told) == 1, "it says so, once")
+
+
+def inode_of_listener(port: int) -> int:
+    """Of the socket that listens at a port of 127.0.0.1, as the kernel lists it."""
+    with open("/proc/net/tcp") as file:
+        rows = [line.split() for line in file]
+    (inode,) = [row[9] for row in rows if row[1:4:2] == [f"0100007F:{port:04X}", "0A"]]
+    return int(inode)
 
 
 def test_a_server_listens_at_many_addresses_at_once(tmp_path: pathlib.Path) -> None:

@@ -14,7 +14,13 @@ _MAX_PATH_BYTES = 107  # sockaddr_un, with a NUL at the end
 
 
 class Listener:
-    """One bound address."""
+    """One bound address.
+
+    Attributes:
+        shut: Whether its Socket was failed by somebody: it does not listen any more.
+    """
+
+    shut = False
 
     def __init__(self, address: str, backlog: int) -> None:
         """Bind and listen.

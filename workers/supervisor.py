@@ -504,9 +504,10 @@ class Supervisor:
         if self.config.accept == "supervisor" and not self._accepting and not self.draining:
             self._accepting = True
             for listener in self.listeners:
-                self.dispatcher.add_reader(
-                    listener.sock.fileno(), functools.partial(self._accept, listener.sock)
-                )
+                if not listener.shut:
+                    self.dispatcher.add_reader(
+                        listener.sock.fileno(), functools.partial(self._accept, listener.sock)
+                    )
 
     def _stop_accepting(self) -> None:
         if self._accepting:
@@ -528,6 +529,14 @@ class Supervisor:
         if what not in self._told:
             self._told.add(what)
             log.error("%s", what)
+
+    def _shut(self, sock: socket.socket) -> None:
+        """Somebody has failed a listener's Socket: without us it would report itself for ever."""
+        for listener in self.listeners:
+            if listener.sock is sock:
+                listener.shut = True
+                self.dispatcher.remove_reader(sock.fileno())
+                log.error("nobody listens at %s any more: its socket was failed", listener.address)
 
     def _accept(self, listener: socket.socket) -> None:
         """Accept a batch, each for the least-loaded worker; pass them on together."""
@@ -568,9 +577,12 @@ class Supervisor:
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             pass
         except OSError as error:
-            if error.errno not in NOT_NOW:
+            if error.errno == errno.EINVAL:  # it does not listen any more
+                self._shut(listener)
+            elif error.errno in NOT_NOW:
+                self._pause(f"cannot accept ({error.strerror}): {RAISE_LIMIT}")
+            else:
                 raise
-            self._pause(f"cannot accept ({error.strerror}): {RAISE_LIMIT}")
         finally:
             for index, sids in placed.items():
                 self.runtime.pass_to(index, sids)
