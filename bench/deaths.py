@@ -239,7 +239,6 @@ def _rehomed(plan: Plan) -> list[Measure]:
 def _adopted(plan: Plan) -> list[Measure]:
     """From SIGKILL of the supervisor until the next one's banner says that it has taken over."""
     with contextlib.ExitStack() as stack:
-        name = f"bench-{os.getpid()}-serve"
         server = stack.enter_context(programs.shmsock_server(2))
         supervisor = server.pid
         clients = [stack.enter_context(_client(server.port)) for _ in range(CLIENTS)]
@@ -250,8 +249,10 @@ def _adopted(plan: Plan) -> list[Measure]:
             death.wait()
             with contextlib.suppress(ChildProcessError):
                 os.waitid(os.P_PID, supervisor, os.WEXITED | os.WNOWAIT)
-            follower = stack.enter_context(programs.shmsock_follower(name))
+            follower = stack.enter_context(programs.shmsock_follower(server.name))
             done_s = time.monotonic() - death.began
+            if follower.port != server.port:
+                raise BrokenError("the next supervisor has not taken over")
             supervisor = follower.pid
             death.close()
             for client in clients:

@@ -61,7 +61,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
     elif process.returncode is None:
-        process.send_signal(signal.SIGTERM)
+        # WHY NOT process.send_signal: it reaps who has died already.
+        os.kill(process.pid, signal.SIGTERM)
     if process.returncode is None:
         # ORDER: killed before it is reaped: only until then the group's number is surely its own.
         _wait_unreaped(process.pid, STOP_S)
@@ -151,7 +152,20 @@ def shmsock_server(workers: int, *flags: str) -> typing.Iterator[Server]:
         ):
             yield Server(_port_of_banner(process, errors), process.pid, name)
     finally:
-        shmsock.clean(name)  # finds nothing, unless it had to be killed
+        _clean(name)  # finds nothing, unless it had to be killed
+
+
+def _clean(name: str) -> None:
+    """Remove what is left once the last of those that were killed has ended."""
+    deadline = time.monotonic() + STOP_S
+    while True:
+        try:
+            shmsock.clean(name)
+            return
+        except shmsock.AlreadyRunningError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
 
 
 @contextlib.contextmanager
