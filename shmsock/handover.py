@@ -26,6 +26,7 @@ import dataclasses
 import errno
 import functools
 import logging
+import threading
 import time
 import typing
 
@@ -70,6 +71,8 @@ class HandOver:
         self._engine = runtime._engine
         self._segment = runtime._segment
         self._offers: dict[int, Offer] = {}
+        # Had by who makes an offer, until it is whole. Reentrant: callbacks may offer the next one.
+        self._making = threading.RLock()
         self._hints: collections.deque[tuple[int, int]] = collections.deque()
         self._telling = False
         self._looking = False
@@ -78,6 +81,10 @@ class HandOver:
 
     def offer(self, sid: int, heir: int, on_done: OnDone | None) -> bool:
         """See ``SocketRef.hand_over``; ``heir`` is an owner word."""
+        with self._making:
+            return self._offer(sid, heir, on_done)
+
+    def _offer(self, sid: int, heir: int, on_done: OnDone | None) -> bool:
         if sid in self._offers:
             return False
         dispatcher = self._runtime._dispatcher
@@ -154,9 +161,13 @@ class HandOver:
 
     def _look_at_all(self) -> None:
         """See which offers were taken, withdraw those that were not in time."""
+        # WHY NOT without: another thread, where there is no dispatcher, may be between two lines of
+        # one. Its time looks over, or not yet begun; what is said then to have stayed is taken.
+        with self._making:
+            offers = list(self._offers.items())
         now = time.monotonic()
         living = set(self._runtime._processes.live_words())
-        for sid, offer in list(self._offers.items()):
+        for sid, offer in offers:
             if self._stands(sid, offer) and now < offer.deadline_s and offer.heir in living:
                 continue
             try:

@@ -8,13 +8,14 @@ import errno
 import os
 import signal
 import socket
+import threading
 
 import pytest
 
 import shmsock
 from shmsock import Runtime, Status, Wish
 
-from .helpers import Peer, wait_until
+from .helpers import WATCHDOG_S, Peer, wait_until
 from .test_rehome import ECHO, ask, echo_worker, held, owner_of, place
 
 # A giver: its dispatcher's thread does what is asked through `give`; `told` is what on_done said.
@@ -123,6 +124,53 @@ def test_an_offer_by_a_thread_is_told_of_although_the_service_thread_is_quick(
                 ours, client = socket.socketpair()
             ours.close()
             client.close()
+        check(runtime)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_offer_is_looked_at_by_the_service_thread_when_it_is_whole(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """The thread that makes it is slow, and has no dispatcher."""
+    hand_over, looked = runtime._hand_over, threading.Event()
+    engine, look = hand_over._engine, hand_over._look_at_all
+
+    class Slow:
+        def __getattr__(self, name: str) -> object:
+            return getattr(engine, name)
+
+        def offer(self, sid: int, heir: int) -> int:
+            if when == "before":
+                self.let_look(sid)
+            made = engine.offer(sid, heir)
+            if when == "after":
+                self.let_look(sid)
+            return made
+
+        def let_look(self, sid: int) -> None:
+            assert looked.wait(WATCHDOG_S)
+            with contextlib.suppress(AssertionError):  # a moment for what must not happen
+                wait_until(lambda: sid not in hand_over._offers, timeout_s=0.1)
+
+    def look_and_tell() -> None:
+        looked.set()
+        look()
+
+    monkeypatch.setattr(hand_over, "_engine", Slow())
+    monkeypatch.setattr(hand_over, "_look_at_all", look_and_tell)
+    told: list[tuple[int, bool]] = []
+    with echo_worker(runtime) as (_, index):
+        ours, client = socket.socketpair()
+        client.settimeout(WATCHDOG_S)
+        with client:
+            sid = runtime.create_socket(ours)
+            with runtime.address(sid) as ref:  # type: ignore[union-attr]
+                assert ref.hand_over(index, lambda *what: told.append(what))
+            wait_until(lambda: told)
+            assert told == [(sid, True)]
+            assert owner_of(runtime, sid) == index
+            assert ask(client, b"hello") == b"hello"
+            runtime.set_failed(sid)
         check(runtime)
 
 
