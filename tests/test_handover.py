@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections.abc
 import contextlib
 import errno
-import os
 import signal
 import socket
 
@@ -14,7 +13,7 @@ import pytest
 import shmsock
 from shmsock import Runtime, Status, Wish
 
-from .helpers import Peer, wait_until
+from .helpers import Peer, stop, wait_until
 from .test_rehome import ECHO, ask, echo_worker, held, owner_of, place
 
 # A giver: its dispatcher's thread does what is asked through `give`; `told` is what on_done said.
@@ -49,12 +48,6 @@ def deaf(runtime: Runtime) -> collections.abc.Iterator[tuple[Peer, int]]:
     """A live process that takes nothing: it has no dispatcher."""
     with Peer(runtime.name, role="worker") as peer:
         yield peer, peer.ask("rt.index")
-
-
-def stop(peer: Peer) -> None:
-    """Stop a process, and wait until the last of its threads has: until then they may take."""
-    peer.process.send_signal(signal.SIGSTOP)
-    os.waitid(os.P_PID, peer.pid, os.WSTOPPED | os.WNOWAIT)
 
 
 def heir_of(runtime: Runtime, sid: int) -> int:
@@ -93,7 +86,7 @@ def test_what_comes_while_it_is_offered_is_read_by_whoever_has_it_then(runtime: 
     with giver(runtime) as (first, index), echo_worker(runtime) as (second, other):
         sid, client = place(runtime, index)
         with client:
-            stop(second)
+            stop(second.pid)
             assert first.ask(f"give({sid}, {other})") is True
             client.sendall(b"in between")
             second.process.send_signal(signal.SIGCONT)
@@ -230,7 +223,7 @@ def test_a_giver_killed_with_an_offer_out_leaves_it_to_the_heir_or_to_the_host(
             sid, client = place(runtime, index)
             with client:
                 first.run(PATIENT)
-                stop(second)
+                stop(second.pid)
                 assert first.ask(f"give({sid}, {heir})") is True
                 client.sendall(b"while nobody reads")
                 first.kill()
@@ -374,7 +367,7 @@ def test_a_hand_over_outlives_the_host(name: str) -> None:
             first.run("dispatcher.call_soon(lambda: dispatcher.add_consumer(sid, echo))")
             sid, other = first.ask("sid"), second.ask("rt.index")
             wait_until(lambda: host.ask(f"rt.has_descriptor({sid})"), "it is put")
-            stop(host)
+            stop(host.pid)
             assert first.ask(f"give(sid, {other})") is True
             first.run("theirs.sendall(b'without a host')")
             host.kill()
