@@ -244,6 +244,23 @@ def descriptors(pid: int | str = "self") -> dict[int, str]:
     return found
 
 
+def stop(pid: int) -> None:
+    """Stop a process, and wait until the last of its threads has stopped.
+
+    One thread takes the signal, and under load the others run on until that one has its turn.
+    """
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: _states(pid) == {"T"}, "all of its threads have stopped")
+
+
+def _states(pid: int) -> set[str]:
+    found = set()
+    for task in os.listdir(f"/proc/{pid}/task"):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{task}/stat") as file:
+            found.add(file.read().rpartition(")")[2].split()[0])
+    return found
+
+
 def holders_of(inode: int, pids: collections.abc.Iterable[int]) -> list[int]:
     """Which of these processes have the socket with this inode open."""
     wanted = f"socket:[{inode}]"

@@ -187,7 +187,7 @@ def _run(
         cwd=helpers.REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=helpers.WATCHDOG_S,
+        timeout=3 * helpers.WATCHDOG_S,  # a dozen programs start in turn
         env={**os.environ, **(environment or {})},
     )
 

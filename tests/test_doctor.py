@@ -12,7 +12,7 @@ import pytest
 import shmsock
 from shmsock import Runtime
 
-from .helpers import Forked, Peer, connected
+from .helpers import Forked, Peer, connected, stop
 from .servers import Server, new_name, shmsock_command
 
 
@@ -32,7 +32,7 @@ def test_doctor_names_who_keeps_a_failed_socket_from_being_recycled(
         peer.run(f"reference = rt.address({sid})")
         assert runtime.set_failed(sid)
         if stopped:
-            os.kill(peer.pid, signal.SIGSTOP)
+            stop(peer.pid)
         code, out = doctor(runtime.name)
         os.kill(peer.pid, signal.SIGCONT)
         assert code == 1

@@ -15,7 +15,7 @@ import pytest
 import shmsock
 from shmsock import Runtime, Status, Wish
 
-from .helpers import WATCHDOG_S, Peer, wait_until
+from .helpers import WATCHDOG_S, Peer, stop, wait_until
 from .test_rehome import ECHO, ask, echo_worker, held, owner_of, place
 
 # A giver: its dispatcher's thread does what is asked through `give`; `told` is what on_done said.
@@ -52,10 +52,13 @@ def deaf(runtime: Runtime) -> collections.abc.Iterator[tuple[Peer, int]]:
         yield peer, peer.ask("rt.index")
 
 
-def stop(peer: Peer) -> None:
-    """Stop a process, and wait until the last of its threads has: until then they may take."""
-    peer.process.send_signal(signal.SIGSTOP)
+def stop_in_its_loop(peer: Peer) -> None:
+    """Stop a worker where it holds nothing: not as the arbiter, for whom everybody would wait."""
+    peer.start(
+        "import os, signal; dispatcher.call_soon(lambda: os.kill(os.getpid(), signal.SIGSTOP))"
+    )
     os.waitid(os.P_PID, peer.pid, os.WSTOPPED | os.WNOWAIT)
+    stop(peer.pid)  # and every thread of it
 
 
 def heir_of(runtime: Runtime, sid: int) -> int:
@@ -94,7 +97,7 @@ def test_what_comes_while_it_is_offered_is_read_by_whoever_has_it_then(runtime: 
     with giver(runtime) as (first, index), echo_worker(runtime) as (second, other):
         sid, client = place(runtime, index)
         with client:
-            stop(second)
+            stop(second.pid)
             assert first.ask(f"give({sid}, {other})") is True
             client.sendall(b"in between")
             second.process.send_signal(signal.SIGCONT)
@@ -278,7 +281,7 @@ def test_a_giver_killed_with_an_offer_out_leaves_it_to_the_heir_or_to_the_host(
             sid, client = place(runtime, index)
             with client:
                 first.run(PATIENT)
-                stop(second)
+                stop_in_its_loop(second)
                 assert first.ask(f"give({sid}, {heir})") is True
                 client.sendall(b"while nobody reads")
                 first.kill()
@@ -287,6 +290,7 @@ def test_a_giver_killed_with_an_offer_out_leaves_it_to_the_heir_or_to_the_host(
                     assert runtime.rehome(sid, third)
                     assert heir_of(runtime, sid) == 0
                 second.process.send_signal(signal.SIGCONT)
+                second.finish()
                 assert client.recv(100) == b"while nobody reads"
                 assert owner_of(runtime, sid) == (third if host_chooses else heir)
                 check(runtime)
@@ -422,7 +426,7 @@ def test_a_hand_over_outlives_the_host(name: str) -> None:
             first.run("dispatcher.call_soon(lambda: dispatcher.add_consumer(sid, echo))")
             sid, other = first.ask("sid"), second.ask("rt.index")
             wait_until(lambda: host.ask(f"rt.has_descriptor({sid})"), "it is put")
-            stop(host)
+            stop(host.pid)
             assert first.ask(f"give(sid, {other})") is True
             first.run("theirs.sendall(b'without a host')")
             host.kill()

@@ -13,7 +13,7 @@ import typing
 
 import pytest
 
-from .helpers import WATCHDOG_S, holders_of, wait_until
+from .helpers import WATCHDOG_S, holders_of, stop, wait_until
 from .servers import Client, Server
 
 
@@ -271,7 +271,7 @@ def test_a_stopped_worker_without_a_supervisor_costs_one_wait_and_not_one_for_ea
         (stopped, pid), (awake, _) = pids.items()
         mine = [client for client in subscribers if owner_pid(server, ids[client]) != pid]
         assert 0 < len(mine) < len(subscribers)
-        os.kill(pid, signal.SIGSTOP)
+        stop(pid)
         kill_supervisor(server)
         for _ in range(5):
             assert publishers[awake].call("PUBLISH", "news", "to whom can be had") == len(mine)

@@ -22,7 +22,7 @@ import shmsock
 import shmsock.pool_manager
 from shmsock.pool import ProcessPoolExecutor
 
-from .helpers import WATCHDOG_S, connected, holders_of, wait_until
+from .helpers import WATCHDOG_S, connected, holders_of, stop, wait_until
 from .servers import Server as Hub
 from .test_pool import answer, error_of, fork, result, started, wait_for
 
@@ -387,7 +387,7 @@ def test_a_job_that_had_not_begun_when_its_child_was_killed_is_run_by_another(
     sid, sock = client
     with ProcessPoolExecutor(runtime.name, 1, mp_context=fork()) as pool:
         pid = result(pool.submit(os.getpid))
-        os.kill(pid, signal.SIGSTOP)
+        stop(pid)
         future = pool.submit(answer, sid, b"by another", client=sid)
         wait_until(future.running, "it was given to the child")
         os.kill(pid, signal.SIGKILL)

@@ -18,7 +18,16 @@ import pytest
 
 import shmsock
 
-from .helpers import REPOSITORY, WATCHDOG_S, Peer, children, descriptors, free_port, wait_until
+from .helpers import (
+    REPOSITORY,
+    WATCHDOG_S,
+    Peer,
+    children,
+    descriptors,
+    free_port,
+    stop,
+    wait_until,
+)
 from .servers import Client, Server, encode, new_name, shmsock_command
 
 HALF = b"*2\r\n$4\r\nECHO\r\n$5\r\nhel"
@@ -339,7 +348,7 @@ def test_a_stopped_worker_does_not_stop_the_others() -> None:
         assert silent.call("SUBSCRIBE", "c")[2] == 1
         with server.attach() as runtime:  # stopped with the write turn it would keep it
             wait_until(lambda: not runtime.sockets()["busy"].any(), "the answer is out")
-        os.kill(pid, signal.SIGSTOP)
+        stop(pid)
         try:
             for number in range(50):
                 assert lively.call("PUBLISH", "c", str(number)) == 1
