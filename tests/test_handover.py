@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections.abc
 import contextlib
 import errno
+import os
 import signal
 import socket
 
@@ -48,6 +49,14 @@ def deaf(runtime: Runtime) -> collections.abc.Iterator[tuple[Peer, int]]:
     """A live process that takes nothing: it has no dispatcher."""
     with Peer(runtime.name, role="worker") as peer:
         yield peer, peer.ask("rt.index")
+
+
+def stop_in_its_loop(peer: Peer) -> None:
+    """Stop a worker where it holds nothing: not as the arbiter, for whom everybody would wait."""
+    peer.start(
+        "import os, signal; dispatcher.call_soon(lambda: os.kill(os.getpid(), signal.SIGSTOP))"
+    )
+    os.waitid(os.P_PID, peer.pid, os.WSTOPPED | os.WNOWAIT)
 
 
 def heir_of(runtime: Runtime, sid: int) -> int:
@@ -199,7 +208,7 @@ def test_a_giver_killed_with_an_offer_out_leaves_it_to_the_heir_or_to_the_host(
             sid, client = place(runtime, index)
             with client:
                 first.run(PATIENT)
-                second.process.send_signal(signal.SIGSTOP)
+                stop_in_its_loop(second)
                 assert first.ask(f"give({sid}, {heir})") is True
                 client.sendall(b"while nobody reads")
                 first.kill()
@@ -208,6 +217,7 @@ def test_a_giver_killed_with_an_offer_out_leaves_it_to_the_heir_or_to_the_host(
                     assert runtime.rehome(sid, third)
                     assert heir_of(runtime, sid) == 0
                 second.process.send_signal(signal.SIGCONT)
+                second.finish()
                 assert client.recv(100) == b"while nobody reads"
                 assert owner_of(runtime, sid) == (third if host_chooses else heir)
                 check(runtime)
