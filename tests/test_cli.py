@@ -282,7 +282,7 @@ def test_clean_all_spares_the_living(
         assert set(ours) <= set(shmsock.names_on_machine())
         # Not those of others on this machine, who may want to look at what is left of them.
         monkeypatch.setattr(shmsock, "names_on_machine", lambda: ours)
-        said = []
+        said: list[str] = []
 
         def cleaned() -> bool:
             assert cli.main(["clean", "--all"]) == 1
