@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_seconds,
         metavar="S",
         help=f"how long to measure each contestant of a bench (default {Plan.seconds:g}); "
-        "a minute and a half in all by default",
+        "about five minutes in all by default",
     )
     add(
         "--json",
