@@ -18,6 +18,7 @@ import types
 import typing
 
 from . import (
+    abort,
     accept,
     convoy,
     deaths,
@@ -50,6 +51,7 @@ BENCHES: dict[str, Bench] = {
         push,
         fanout,
         pool,
+        abort,
         requests,
         accept,
         idle,

@@ -67,6 +67,11 @@ _MEASURES = {
         "1000 clients, half leave: CPU spent on who has left, of all it would cost",
         "1000 clients, half leave: time until all is done",
     },
+    "abort": {
+        f"client fails to job raises, {job}, {figure}"
+        for job in ("asleep", "between calls of numpy", "in pure Python")
+        for figure in ("median", "worst")
+    },
     "requests": {
         f"{request}, -c 50 -P {pipeline}, {figure}"
         for request in ("PING inline", "PING mbulk", "ECHO")
@@ -157,6 +162,7 @@ _PEERS = {
     "fanout": {"redis-server"},
     "pool": {"through the parent"},
     "gone": {"plain executor", "plain executor that cancels what is queued"},
+    "abort": {"a signal whose handler raises"},
     "requests": {"redis-server", "asyncio, no parsing", "uvloop, no parsing"},
     "accept": {
         "shmsock, the supervisor accepts",
