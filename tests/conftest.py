@@ -29,6 +29,9 @@ hypothesis.settings.register_profile("deep", max_examples=5000, deadline=None)
 # A shell's background job ignores SIGINT, and so would every program the tests start from here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Processes that tests start run the engine that this one runs, also where nobody has forced any.
+os.environ.setdefault("SHMSOCK_ENGINE", shmsock.ENGINE)
+
 
 def pytest_report_header() -> str:
     return f"shmsock engine: {shmsock.ENGINE}"
