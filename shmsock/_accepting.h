@@ -42,15 +42,18 @@ peer_text(const struct sockaddr_storage *address, socklen_t length, char *text)
     return strlen(text);
 }
 
-/* accept(listener, owner, on_owner_death, tcp, unix): (number, inode, id), the id 0 if the table is
- * full: the number is the caller's in any case. tcp and unix are the numbers of these kinds. */
+/* accept(listener, owner, on_owner_death, tcp, unix, made): (number, inode, id), the id 0 if the table
+ * is full: the number is the caller's in any case. `made` gets the same before we return: an exception
+ * may come before the caller's next line. tcp and unix are the numbers of these kinds. */
 static PyObject *
 Engine_accept(Engine *self, PyObject *args)
 {
     int listener;
     unsigned long long owner;
     unsigned char fate, tcp, local;
-    if (!PyArg_ParseTuple(args, "iKbbb", &listener, &owner, &fate, &tcp, &local))
+    PyObject *list;
+    if (!PyArg_ParseTuple(args, "iKbbbO!", &listener, &owner, &fate, &tcp, &local, &PyList_Type,
+                          &list))
         return NULL;
     if ((self->closed || self->foreign) && check_participation(self) < 0)
         return NULL; /* before anybody is taken out of the backlog */
@@ -91,6 +94,8 @@ Engine_accept(Engine *self, PyObject *args)
         goto failed;
     made = Py_BuildValue("iKK", number, (unsigned long long)status.st_ino,
                          (unsigned long long)(result == DONE ? call.made : 0));
+    if (made != NULL && PyList_Append(list, made) < 0)
+        Py_CLEAR(made);
     if (made == NULL && result == DONE)
         end_unknown(self, call.made);
 failed:

@@ -67,7 +67,14 @@ class Engine:
         made: list[int] | None = None,
     ) -> int: ...
     def accept(
-        self, listener: int, owner: int, on_owner_death: int, tcp: int, unix: int, /
+        self,
+        listener: int,
+        owner: int,
+        on_owner_death: int,
+        tcp: int,
+        unix: int,
+        made: list[tuple[int, int, int]],
+        /,
     ) -> tuple[int, int, int]: ...
     def set_failed(self, sid: int, code: int, text: str, /) -> int: ...
     def release_additional_reference(self, sid: int, /) -> int: ...

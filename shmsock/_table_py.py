@@ -11,6 +11,7 @@ the body with a leading underscore, which runs inside the stripe and looks again
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import operator
@@ -156,7 +157,13 @@ class Table(Stripes):
         raise table_full(self._slots)
 
     def accept(
-        self, listener: int, owner: int, on_owner_death: int, tcp: int, unix: int
+        self,
+        listener: int,
+        owner: int,
+        on_owner_death: int,
+        tcp: int,
+        unix: int,
+        made: list[tuple[int, int, int]],
     ) -> tuple[int, int, int]:
         """Accept one connection and create its slot.
 
@@ -166,6 +173,8 @@ class Table(Stripes):
             on_owner_death: See ``owner``.
             tcp: The number of that kind; so is ``unix``.
             unix: See ``tcp``.
+            made: Gets the result before we return: an exception may come between that and the
+                caller's next line.
 
         Returns:
             The connection's number, which is the caller's, its inode, and its id: 0 if there is no
@@ -178,15 +187,21 @@ class Table(Stripes):
             accepted = listening.accept()[0]
         finally:
             listening.detach()
+        ids: list[int] = []
         with accepted:  # closed if anything goes wrong
             kind = unix if accepted.family == socket.AF_UNIX else tcp
             inode = os.fstat(accepted.fileno()).st_ino
             peer = self.peer_of(accepted.fileno())
             try:
-                sid = self.create(owner, inode, kind, on_owner_death, peer)
-            except TableFullError:
-                sid = 0
-            return accepted.detach(), inode, sid
+                with contextlib.suppress(TableFullError):
+                    self.create(owner, inode, kind, on_owner_death, peer, b"", ids)
+                made.append((accepted.fileno(), inode, ids[0] if ids else 0))
+            except BaseException:
+                for sid in ids:
+                    self.set_failed(sid, errno.ECANCELED, "creation was interrupted")
+                raise
+            accepted.detach()
+        return made[-1]
 
     def _find_free(self, stripe: int) -> int:
         begin = stripe * self._block

@@ -19,6 +19,7 @@ import numpy as np
 
 from ._engine_common import table_full
 from .cache import kind_of, peer_of, wrap
+from .channel import is_inode
 from .errors import (
     AlreadyRunningError,
     DescriptorError,
@@ -289,7 +290,8 @@ class Runtime(Participant):
         made: list[int] = []
         try:
             sid = self._engine.create(word, inode, kind, fate, peer, bytes(user_data), made)
-            self._keep(sid, word, sock.detach(), inode, deposit)
+            # WHY NOT shared=False: whose else this socket is, its creator does not tell us.
+            self._keep(sid, word, sock.detach(), inode, shared=True, deposit=deposit)
         except (TableFullError, StripeTimeoutError):
             raise  # nothing was made
         except BaseException:  # nobody else has the id: nobody else would ever end it
@@ -322,28 +324,44 @@ class Runtime(Participant):
             self._check()
         word = self._engine.word if owner is None else self._word_of(owner)
         fate = ON_OWNER_DEATH.index(on_owner_death)
-        fd, inode, sid = self._engine.accept(listener.fileno(), word, fate, _TCP, _UNIX)
-        if not sid:
-            full = table_full(self.slots)
-            full.sock = socket.socket(fileno=fd)
-            raise full
+        made: list[tuple[int, int, int]] = []
+        full: TableFullError | None = None
         try:
-            self._keep(sid, word, fd, inode, deposit)
-        except BaseException:
-            self._io.set_failed(sid, errno.EMFILE, "it could not be created")
+            fd, inode, sid = self._engine.accept(listener.fileno(), word, fate, _TCP, _UNIX, made)
+            if sid:
+                self._keep(sid, word, fd, inode, shared=False, deposit=deposit)
+            else:
+                full = table_full(self.slots)
+                full.sock = socket.socket(fileno=fd)
+        except BaseException:  # nobody else has the id, nor perhaps the number
+            for fd, inode, sid in made:
+                self._drop(fd, inode, sid)
             raise
+        if full is not None:
+            raise full
         return sid
 
-    def _keep(self, sid: int, word: int, fd: int, inode: int, deposit: bool) -> None:
+    def _keep(
+        self, sid: int, word: int, fd: int, inode: int, *, shared: bool, deposit: bool
+    ) -> None:
         """Keep the number of a new socket where its owner or the host finds it."""
         if word != self._engine.word and self._store is not None:
             self._store.keep(sid, wrap(fd))
             return
-        self._descriptors.keep(sid, fd, inode, shared=False)
+        self._descriptors.keep(sid, fd, inode, shared=shared)
         if deposit:
             self._descriptors.put(sid)
         else:
             self._descriptors.deposit_later(sid)
+
+    def _drop(self, fd: int, inode: int, sid: int) -> None:
+        """End a connection whose acceptance was interrupted, wherever its number had come to."""
+        if sid:
+            self._io.set_failed(sid, errno.ECANCELED, "its acceptance was interrupted")
+            if self.has_descriptor(sid) or self._descriptors.peek(sid) is not None:
+                return  # it is closed there
+        if is_inode(fd, inode):
+            os.close(fd)
 
     def deposit(self, sids: collections.abc.Sequence[int]) -> None:
         """Give the host duplicates of sockets that this process made with ``deposit=False``.

@@ -266,6 +266,58 @@ def test_killed_within_accept_the_connection_ends_and_the_slot_comes_back(
 # -- the loop ------------------------------------------------------------------------------------
 
 
+class Interrupts:
+    """A part of a runtime whose call of one name works, and ends in an interrupt all the same."""
+
+    def __init__(self, part: typing.Any, at: str) -> None:
+        self._part, self._at = part, at
+
+    def __getattr__(self, name: str) -> typing.Any:
+        if name != self._at:
+            return getattr(self._part, name)
+
+        def interrupted(*arguments: typing.Any, **named: typing.Any) -> None:
+            getattr(self._part, name)(*arguments, **named)
+            raise KeyboardInterrupt
+
+        return interrupted
+
+
+@pytest.mark.parametrize(
+    ("part", "at"), [("_engine", "accept"), ("_descriptors", "keep"), ("_descriptors", "put")]
+)
+def test_an_interrupt_within_accept_ends_the_connection_and_leaves_nothing(
+    runtime: Runtime, part: str, at: str
+) -> None:
+    whole = getattr(runtime, part)
+    with listening() as listener, connect(listener) as client:
+        setattr(runtime, part, Interrupts(whole, at))
+        with pytest.raises(KeyboardInterrupt):
+            runtime.accept(listener)
+        setattr(runtime, part, whole)
+        assert read_to_end(client) == b""
+        wait_until(lambda: runtime.in_use() == 0, "its slot comes back")
+        assert runtime.audit() == []
+
+
+def test_an_interrupt_after_a_full_table_leaves_no_number(name: str) -> None:
+    with (
+        Runtime.create(name, slots=2, stripes=1) as runtime,
+        listening() as listener,
+        contextlib.ExitStack() as stack,
+    ):
+        for _ in range(2):
+            stack.enter_context(connect(listener))
+            runtime.accept(listener)
+        whole = typing.cast(typing.Any, runtime)._engine
+        client = stack.enter_context(connect(listener))
+        typing.cast(typing.Any, runtime)._engine = Interrupts(whole, "accept")
+        with pytest.raises(KeyboardInterrupt):
+            runtime.accept(listener)
+        typing.cast(typing.Any, runtime)._engine = whole
+        assert read_to_end(client) == b""
+
+
 @pytest.mark.parametrize("whose", ["dispatcher", "service"])
 def test_a_call_from_a_signal_handler_right_before_the_wait_ends_it(
     runtime: Runtime, whose: str, monkeypatch: pytest.MonkeyPatch
