@@ -94,19 +94,7 @@ def _load(server: programs.Server, plan: Plan) -> Sampler:
             raise BrokenError(f"ab did not end in {_TIMEOUT_S:.0f} s") from None
         return _rate(done, count)
 
-    # Twice: the first also warms up, and is too short to know the rate by.
-    count = max(_FIRST_COUNT, round(run(_FIRST_COUNT) * plan.slice_s / 4))
-    count = max(_FIRST_COUNT, round(run(count) * plan.slice_s))
-
-    def sample() -> dict[str, float]:
-        processes, before_s = server.processes(), server.cpu_s()
-        rate = run(count)
-        spent_s = server.cpu_s() - before_s
-        if server.processes() != processes:
-            raise BrokenError("a server's process died under load")
-        return {"rate": rate, "cpu": max(spent_s, programs.TICK_S) / count * 1e9}
-
-    return sample
+    return programs.under_load(server, plan, run, _FIRST_COUNT)
 
 
 def _rate(done: subprocess.CompletedProcess[str], count: int) -> float:

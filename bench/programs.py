@@ -23,7 +23,7 @@ import typing
 import shmsock
 
 from .environment import REPOSITORY
-from .measure import BrokenError, UnavailableError
+from .measure import BrokenError, Plan, UnavailableError
 
 START_S, STOP_S, ANSWER_S = 30.0, 15.0, 120.0
 _numbers = itertools.count()
@@ -117,6 +117,29 @@ def cpu_ns(pids: typing.Iterable[int]) -> int:
     A process's processor clock has a number made of its pid: clock_getcpuclockid(3).
     """
     return sum(time.clock_gettime_ns(~pid << 3 | 2) for pid in pids)
+
+
+def under_load(
+    server: Server, plan: Plan, run: typing.Callable[[int], float], at_least: int
+) -> typing.Callable[[], dict[str, float]]:
+    """A sampler of the rate that ``run(count)`` measures, and of the server's CPU for each.
+
+    Raises:
+        BrokenError: A process of the server died.
+    """
+    # Twice: the first also warms up, and is too short to know the rate by.
+    count = max(at_least, round(run(at_least) * plan.slice_s / 4))
+    count = max(at_least, round(run(count) * plan.slice_s))
+
+    def sample() -> dict[str, float]:
+        processes, before_s = server.processes(), server.cpu_s()
+        rate = run(count)
+        spent_s = server.cpu_s() - before_s
+        if server.processes() != processes:
+            raise BrokenError("a server's process died under load")
+        return {"rate": rate, "cpu": max(spent_s, TICK_S) / count * 1e9}
+
+    return sample
 
 
 def _stat(pid: int) -> list[str]:

@@ -94,7 +94,8 @@ def test_table_tests_pass_under_the_address_and_undefined_behaviour_sanitizers(
     # Without faulthandler's thread: libasan does not take its allocator's locks around fork, and a
     # child that finds one held, by a thread it has not got, waits for ever.
     done = run(
-        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=0",
+        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+        "-o", "faulthandler_timeout=0",
         "tests/test_table.py", "tests/test_engine_c.py", "tests/test_writing_turns.py", "-k",
         "not without_a_compiler and not missing and not starves", "-x",
         cwd=tmp_path, env=environment, timeout=10 * WATCHDOG_S,
