@@ -15,7 +15,7 @@ import pytest
 import shmsock
 from shmsock import Dispatcher, Runtime, Status, TableFullError
 
-from .helpers import Forked, Peer, read_to_end, wait_until
+from .helpers import Forked, Peer, connected, read_to_end, wait_until
 
 FAMILIES: dict[str, typing.Any] = {"tcp": ("127.0.0.1", 0), "tcp6": ("::1", 0), "unix": ""}
 
@@ -261,6 +261,17 @@ def test_killed_within_accept_the_connection_ends_and_the_slot_comes_back(
         wait_until(lambda: len(runtime.processes()) == 1, "it is reaped")
         assert runtime.in_use() == 0
         assert runtime.audit() == []
+
+
+def test_a_socket_of_which_its_creator_kept_a_duplicate_ends_all_the_same(
+    runtime: Runtime,
+) -> None:
+    ours, client = connected("tcp")
+    with client, ours.dup() as kept:
+        sid = runtime.create_socket(ours, deposit=False)
+        assert runtime.set_failed(sid)
+        assert read_to_end(client) == b""
+        assert read_to_end(kept) == b""
 
 
 # -- the loop ------------------------------------------------------------------------------------

@@ -194,17 +194,21 @@ def _serve_parser(commands: typing.Any) -> None:
 
 
 def _positive(text: str) -> int:
+    return _at_least(1, text)
+
+
+def _at_least(least: int, text: str) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+        value = -1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of {least} or more")
     return value
 
 
 def _positive_or_zero(text: str) -> int:
-    return 0 if text == "0" else _positive(text)
+    return _at_least(0, text)
 
 
 def _seconds(text: str) -> float:
